@@ -1,0 +1,41 @@
+r"""Every objective as a pure function of critic scores and log-densities.
+
+Conventions of paper S, everywhere: f_q = f_ψ(x, z̃) with z̃ ~ q_φ(z|x) is the critic's
+score of an encoder pair, f_p = f_ψ(x̃, z) with x̃ ~ p_θ(x|z) that of a decoder pair, and
+the optimal critic is f* = log p_θ(x, z) − log q_φ(x, z). All arguments are (B,), all
+results are scalars **to be maximised**, in nats. Nothing is detached here: which tensors
+carry a gradient is decided where the draws are made (`svae_lib.methods`).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def elbo(log_p_x_given_z: Tensor, kl_to_prior: Tensor) -> Tensor:
+    r"""S1: L_x = E_q(x) [E_qφ(z|x) log p_θ(x|z) − KL(q_φ(z|x) ‖ p(z))], the VAE."""
+    return (log_p_x_given_z - kl_to_prior).mean()
+
+
+def critic_lrt(f_q: Tensor, f_p: Tensor) -> Tensor:
+    r"""S10: g(ψ) = E_qφ log(1 − σ(f_ψ)) + E_pθ log σ(f_ψ); at its maximum f_ψ = f* (S11)."""
+    return logsigmoid(-f_q).mean() + logsigmoid(f_p).mean()
+
+
+def symmetric(f_q: Tensor, f_p: Tensor) -> Tensor:
+    r"""S14: ℓ(θ, φ; ψ) = E_qφ f_ψ − E_pθ f_ψ, which is −KL_s(q_φ ‖ p_θ) at ψ = ψ* (S15)."""
+    return f_q.mean() - f_p.mean()
+
+
+def symmetric_with_reconstruction(
+    f_q: Tensor, f_p: Tensor, log_p_x_given_z: Tensor, log_q_z_given_x: Tensor, weight: float
+) -> Tensor:
+    r"""S29: ℓ' = E_qφ[f_ψ + λ log p_θ(x|z)] − E_pθ[f_ψ − λ log q_φ(z|x)].
+
+    `log_p_x_given_z` is taken on encoder pairs, `log_q_z_given_x` on decoder pairs, `weight` is λ.
+    With λ = 1 and both log-densities taken at *detached* draws the gradient of ℓ' is that of
+    −KL_s exactly (chapter 4); with the draws attached it is S29 as printed.
+    """
+    reconstruction = log_p_x_given_z.mean() + log_q_z_given_x.mean()
+    return symmetric(f_q, f_p) + weight * reconstruction
