@@ -1,0 +1,30 @@
+r"""Number the papers' equations as the papers do: the equation labelled S14 prints as (S14).
+
+Every other equation keeps its number of the form chapter.count, counted without the papers' ones.
+Both the equation and each reference to it read `env.toc_fignumbers`, so that is where the labels go.
+"""
+
+import re
+
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+
+PAPER_EQUATION = re.compile(r"equation-([sa]\d+)")  # node ids are lower case
+
+
+def number_equations(app: Sphinx, env: BuildEnvironment) -> list[str]:
+    for figures in env.toc_fignumbers.values():
+        equations = figures.get("displaymath", {})
+        count = 0
+        for node_id, number in equations.items():
+            if paper := PAPER_EQUATION.fullmatch(node_id):
+                equations[node_id] = (paper[1].upper(),)
+            else:
+                count += 1
+                equations[node_id] = (*number[:-1], count)
+    return []
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("env-get-updated", number_equations, priority=900)  # after Sphinx has counted
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
