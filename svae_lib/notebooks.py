@@ -1,0 +1,302 @@
+r"""Chapters as programs: run one with its parameters checked, keep the book's copies fresh, build the pages.
+
+`run_chapter` is `svae notebook`, `build_book` and `store` are `svae book`. A chapter is a notebook
+`notebooks/NN_topic.ipynb`; it is executed into `_build`, never in place, and again only when
+something that its outputs depend on has changed (`fingerprint`).
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.resources
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from svae_lib.device import choose_device, describe
+from svae_lib.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+PRINTED_VERSIONS = ("svae-book", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "matplotlib", "pandas")
+
+
+def versions() -> dict[str, str]:
+    r"""The versions of Python and of the packages that decide a chapter's outputs."""
+    return {"Python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PRINTED_VERSIONS}
+
+
+def footer(profile: str, seed: int, **parameters: Any) -> None:
+    r"""Print under what conditions a chapter ran; the last cell of each chapter."""
+    shown = {
+        "profile": profile,
+        "seed": seed,
+        **parameters,
+        "device": describe(choose_device()),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    for name, value in shown.items():
+        print(f"{name + ':':<{max(map(len, shown)) + 2}}{value}")
+
+
+# Chapters and their parameters
+
+
+def chapters(root: Path = ROOT) -> list[Path]:
+    r"""The book's notebooks in order of their numbers."""
+    found = sorted((root / "notebooks").glob("[0-9]*_*.ipynb"))
+    if not found:
+        raise UserError(f"there are no chapters in {root / 'notebooks'}; install the book from a clone (pip install -e .)")
+    return found
+
+
+def find_chapter(name: str, root: Path = ROOT) -> Path:
+    r"""The chapter called `name`: "20_mnist", "20", "mnist", a unique beginning of these, or its path."""
+    wanted = Path(name).stem
+    by_name = {alias: path for path in chapters(root) for alias in (path.stem, *path.stem.split("_", 1))}
+    exact = by_name.get(wanted) or by_name.get(wanted.zfill(2))
+    hits = {exact} if exact else {path for alias, path in by_name.items() if wanted and alias.startswith(wanted)}
+    if len(hits) != 1:
+        names = ", ".join(path.stem for path in chapters(root))
+        raise UserError(f"'{name}' names {len(hits) or 'no'} chapter{'s' if hits else ''}; the chapters are {names}")
+    return hits.pop()
+
+
+def check_parameters(path: Path, params: dict[str, Any]) -> dict[str, Any]:
+    r"""The parameters with the types that the chapter declares; text is converted, as it comes from a shell.
+
+    Raises UserError for a name that the chapter does not have and for a value of the wrong type.
+    """
+    import papermill
+
+    known = {name: spec["inferred_type_name"] for name, spec in papermill.inspect_notebook(path).items()}
+    listing = ", ".join(f"{name} ({kind})" for name, kind in known.items()) or "none"
+    checked = {}
+    for name, value in params.items():
+        if name not in known:
+            raise UserError(f"chapter {path.stem} has no parameter '{name}'; it has {listing}")
+        try:
+            checked[name] = _convert(value, known[name])
+        except (ValueError, KeyError):
+            raise UserError(f"parameter '{name}' of chapter {path.stem} must be {known[name]}, not '{value}'") from None
+    return checked
+
+
+def _convert(value: Any, kind: str) -> Any:
+    if isinstance(value, str) and kind != "str":
+        return {"int": int, "float": float, "bool": {"true": True, "false": False}.__getitem__}[kind](value.lower())
+    if kind == "float" and type(value) is int:
+        return float(value)
+    if type(value).__name__ != kind:
+        raise ValueError
+    return value
+
+
+def run_chapter(
+    name: str, params: dict[str, Any] | None = None, output: Path | str | None = None, *, root: Path = ROOT,
+    echo: bool = True,
+) -> Path:
+    r"""Execute a chapter and return the path of the executed copy; `echo` prints what its cells print.
+
+    The parameters are checked before anything runs. If a cell fails, the cells up to it stay in
+    `<output>.part.ipynb` and UserError names the cell; `output` itself is only ever a complete run.
+    """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    path = find_chapter(name, root)
+    params = check_parameters(path, params or {})
+    label = "-".join([path.stem, *(f"{key}={value}" for key, value in params.items())]).replace("/", "_")
+    output = Path(output or root / "_build" / "runs" / f"{label}.ipynb")
+    part = output.with_suffix(".part.ipynb")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    streams = {"stdout_file": sys.stdout, "stderr_file": sys.stderr} if echo else {}
+    try:
+        papermill.execute_notebook(
+            path, part, params, kernel_name="python3", cwd=path.parent, progress_bar=False, **streams
+        )
+    except papermill.PapermillExecutionError as error:
+        message = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
+        raise UserError(
+            f"chapter {path.stem} failed in code cell [{error.exec_count}] with {message} (see {part})"
+        ) from None
+    except DeadKernelError:
+        raise UserError(f"chapter {path.stem}: its Python process died, perhaps for lack of memory (see {part})") from None
+    os.replace(part, output)
+    return output
+
+
+# Freshness
+
+
+def _read(path: Path) -> Any:
+    import nbformat
+
+    return nbformat.read(path, as_version=4)
+
+
+def _code_cells(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def library_files(sources: Iterable[str], package: Path) -> set[Path]:
+    r"""The files of `package` that the sources import, directly or through one another."""
+    found: set[Path] = set()
+    queue = list(sources)
+    while queue:
+        names: list[str] = []
+        for node in ast.walk(ast.parse(queue.pop())):
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                parent = ".".join(filter(None, [package.name if node.level else "", node.module]))
+                names += [parent, *(f"{parent}.{alias.name}" for alias in node.names)]
+        for top, *rest in (name.split(".") for name in names):
+            file = package / f"{rest[0] if rest else '__init__'}.py"
+            if top == package.name and file.is_file() and file not in found:
+                found.add(file)
+                queue.append(file.read_text(encoding="utf-8"))
+    return found
+
+
+def fingerprint(chapter: Path) -> str:
+    r"""A hash of all that a chapter's outputs depend on.
+
+    That is: the source of its code cells, the files of the library that they import, directly or
+    through one another, the run records if `svae_lib.records` is among these, and the versions.
+    """
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    root = chapter.parent.parent
+    cells = [cell.source for cell in _code_cells(_read(chapter))]
+    plain = map(TransformerManager().transform_cell, cells)  # without %magic lines
+    files = library_files(plain, root / "svae_lib")
+    if root / "svae_lib" / "records.py" in files:
+        files |= {path for path in (root / "results").rglob("*") if path.is_file()}
+    digest = hashlib.sha256(json.dumps([cells, versions()]).encode())
+    for path in sorted(files):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _copy(chapter: Path) -> Path:
+    return chapter.parent.parent / "_build" / "executed" / chapter.name
+
+
+def _stamp(chapter: Path) -> Path:
+    return _copy(chapter).with_suffix(".sha256")
+
+
+def is_stale(chapter: Path) -> bool:
+    r"""Whether the executed copy of a chapter is missing or older than what it depends on."""
+    stamp = _stamp(chapter)
+    return not (_copy(chapter).exists() and stamp.exists() and stamp.read_text() == fingerprint(chapter))
+
+
+def execute(chapter: Path) -> None:
+    r"""Execute a chapter with its own parameters into the build folder and stamp the copy."""
+    fresh = fingerprint(chapter)  # of what is about to run, not of what is there when it has run
+    _stamp(chapter).unlink(missing_ok=True)
+    run_chapter(chapter.stem, output=_copy(chapter), root=chapter.parent.parent, echo=False)
+    _stamp(chapter).write_text(fresh)
+
+
+def refresh(root: Path = ROOT) -> None:
+    r"""Execute the stale chapters, one process to a core."""
+    stale = [chapter for chapter in chapters(root) if is_stale(chapter)]
+    if not stale:
+        return
+    cores = os.cpu_count() or 1
+    workers = min(cores, len(stale))
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores // workers))
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a warning in the first cell otherwise
+    print("Running", ", ".join(chapter.stem for chapter in stale), flush=True)
+    errors = []
+    with ProcessPoolExecutor(workers) as pool:
+        jobs = {pool.submit(execute, chapter): chapter for chapter in stale}
+        for job in as_completed(jobs):
+            if error := job.exception():
+                if not isinstance(error, UserError):
+                    raise error
+                errors.append(str(error))
+            else:
+                print(f"  {jobs[job].stem} done", flush=True)
+    if errors:
+        raise UserError("; ".join(errors))
+
+
+def with_outputs(chapter: Path) -> Any:
+    r"""The chapter as it stands, with the outputs of its executed copy and no trace of the execution."""
+    notebook = _read(chapter)
+    for cell, done in zip(_code_cells(notebook), _code_cells(_read(_copy(chapter))), strict=True):
+        cell.outputs, cell.execution_count = done.outputs, done.execution_count
+        for trace in ("papermill", "execution"):
+            cell.metadata.pop(trace, None)
+    notebook.metadata.pop("papermill", None)
+    return notebook
+
+
+def _write(notebook: Any, path: Path) -> None:
+    import nbformat
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    nbformat.write(notebook, part)
+    os.replace(part, path)
+
+
+def store(root: Path = ROOT) -> None:
+    r"""Write the outputs of freshly executed chapters back into `notebooks/`, to be committed."""
+    refresh(root)
+    for chapter in chapters(root):
+        _write(with_outputs(chapter), chapter)
+
+
+# Pages
+
+
+def stage(root: Path = ROOT) -> Path:
+    r"""Lay out everything that the pages are made of in `_build/source`, as in the repository, and return it.
+
+    Copies keep the time of their originals, so that Sphinx reads again only what has changed.
+    """
+    source = root / "_build" / "source"
+    shutil.rmtree(source, ignore_errors=True)
+    for folder in ("book", "results"):
+        shutil.copytree(root / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy2(root / name, source / name)
+    for chapter in chapters(root):
+        staged = source / "notebooks" / chapter.name
+        _write(with_outputs(chapter), staged)
+        changed = max(chapter.stat().st_mtime, _copy(chapter).stat().st_mtime)
+        os.utime(staged, (changed, changed))
+    mathjax = source / "book" / "_static" / "mathjax"  # one file of 2 MB out of a package of 24 MB
+    mathjax.mkdir()
+    with importlib.resources.as_file(importlib.resources.files("sphinx-mathjax-offline") / "static/mathjax") as static:
+        shutil.copy2(static / "tex-svg-full.js", mathjax)
+    return source
+
+
+def build_book(root: Path = ROOT) -> Path:
+    r"""Execute what is stale, build the pages with every warning an error, and return the page to open."""
+    refresh(root)
+    source = stage(root)
+    program = "from jupyter_book.cli.main import main; main()"
+    options = ["--path-output", str(root), "-n", "-W", "--keep-going", "-q"]
+    print("Building the pages", flush=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, "build", ".", *options], cwd=source, text=True, capture_output=True
+    )
+    if done.returncode:
+        shutil.rmtree(root / "_build" / ".doctrees", ignore_errors=True)  # else the next build forgets the warnings
+        raise UserError(f"the pages could not be built:\n{done.stderr.strip()}")
+    return root / "_build" / "html" / "index.html"
