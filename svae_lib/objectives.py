@@ -2,9 +2,10 @@ r"""Every objective as a pure function of critic scores and log-densities.
 
 Conventions of paper S, everywhere: f_q = f_ψ(x, z̃) with z̃ ~ q_φ(z|x) is the critic's
 score of an encoder pair, f_p = f_ψ(x̃, z) with x̃ ~ p_θ(x|z) that of a decoder pair, and
-the optimal critic is f* = log p_θ(x, z) − log q_φ(x, z). All arguments are (B,), all
-results are scalars **to be maximised**, in nats. Nothing is detached here: which tensors
-carry a gradient is decided where the draws are made (`svae_lib.methods`).
+the optimal critic is f* = log p_θ(x, z) − log q_φ(x, z). All arguments are (B,); all results
+but the labels of `likelihood_ratio_test` are scalars **to be maximised**, in nats. Nothing is
+detached here: which tensors carry a gradient is decided where the draws are made
+(`svae_lib.methods`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ def elbo(log_p_x_given_z: Tensor, kl_to_prior: Tensor) -> Tensor:
 def critic_lrt(f_q: Tensor, f_p: Tensor) -> Tensor:
     r"""S10: g(ψ) = E_qφ log(1 − σ(f_ψ)) + E_pθ log σ(f_ψ); at its maximum f_ψ = f* (S11)."""
     return logsigmoid(-f_q).mean() + logsigmoid(f_p).mean()
+
+
+def likelihood_ratio_test(f: Tensor) -> Tensor:
+    r"""S16, S17: log p_θ/q_φ > 0 says decoder (True), < 0 says encoder (False); (B,) -> (B,)."""
+    return f > 0
 
 
 def symmetric(f_q: Tensor, f_p: Tensor) -> Tensor:
