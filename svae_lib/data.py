@@ -1,0 +1,173 @@
+r"""Datasets: one uint8 tensor per split. Embedded ones need no download; MNIST comes by torchvision.
+
+The root of the downloadable sets is decided here and nowhere else: `SVAE_DATA` if set, otherwise
+the user's cache. With `SVAE_DATA` set nothing is ever downloaded or written there.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svae_lib.errors import UserError
+
+MNIST_MD5 = {  # of the decompressed files; the .gz may have been written by any gzip
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    r"""Images (N, C, H, W) uint8 and integer labels (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device) -> Split:
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    r"""Three disjoint splits. Models are chosen on `validation`; `test` is used once, at the end."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        r"""(C, H, W) of one image."""
+        return tuple(self.train.images.shape[1:])
+
+
+def grey(images: Tensor) -> Tensor:
+    r"""uint8 {0..255} -> float [0, 1]: the grey targets of the papers."""
+    return images.float() / 255
+
+
+def binarise(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    r"""Dynamic binarisation: every pixel is drawn from Bernoulli(x), afresh at each call."""
+    return torch.bernoulli(x, generator=generator)
+
+
+def root() -> Path:
+    r"""Where downloadable datasets live: `SVAE_DATA`, else `~/.cache/svae_lib/data`."""
+    return Path(os.environ.get("SVAE_DATA") or cache() / "data").expanduser().resolve()
+
+
+def cache() -> Path:
+    r"""The user's cache folder for this project."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "svae_lib"
+
+
+def load(name: str) -> Dataset:
+    r"""The dataset called `name`. Raises UserError if it is unknown, missing or corrupt."""
+    if name not in DATASETS:
+        raise UserError(f"unknown dataset '{name}'; choose one of: {', '.join(DATASETS)}")
+    return DATASETS[name]()
+
+
+def fetch(name: str) -> str:
+    r"""Find, or download where that is allowed, and verify a dataset; says where it is and how big."""
+    if name == "mnist" and not os.environ.get("SVAE_DATA"):
+        _download_mnist(root())
+    data = load(name)
+    where = root() if name == "mnist" else "inside scikit-learn (no download)"
+    sizes = ", ".join(f"{len(getattr(data, s))} {s}" for s in ("train", "validation", "test"))
+    return f"{name}: {sizes} images of shape {data.shape}, verified, {where}"
+
+
+def _split(name: str, images: np.ndarray, labels: np.ndarray, held_out: int) -> Dataset:
+    """Shuffle once with a fixed seed; the last two blocks of `held_out` images are validation and test."""
+    order = np.random.default_rng(0).permutation(len(images))
+    images, labels = torch.from_numpy(images[order]), torch.from_numpy(labels[order])
+    cut = len(images) - 2 * held_out
+    bounds = ((0, cut), (cut, cut + held_out), (cut + held_out, len(images)))
+    return Dataset(name, *(Split(images[a:b].contiguous(), labels[a:b]) for a, b in bounds))
+
+
+def _digits() -> Dataset:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
+    return _split("digits", images, bunch.target.astype(np.int64), 300)
+
+
+def _patches(side: int) -> Dataset:
+    """Non-overlapping colour patches of scikit-learn's two photographs; the label is the photograph."""
+    from sklearn.datasets import load_sample_images
+
+    patches, labels = [], []
+    for label, photo in enumerate(load_sample_images().images):
+        image = torch.from_numpy(photo.copy()).permute(2, 0, 1)
+        tiles = image.unfold(1, side, side).unfold(2, side, side)
+        tiles = tiles.permute(1, 2, 0, 3, 4).reshape(-1, 3, side, side)
+        patches.append(tiles.numpy())
+        labels += [label] * len(tiles)
+    count = len(labels)
+    return _split(f"patches{side}", np.concatenate(patches), np.array(labels), count // 8)
+
+
+def _mnist() -> Dataset:
+    folder = root() / "MNIST" / "raw"
+    images, labels, test_images, test_labels = (_read_idx(folder, name) for name in MNIST_MD5)
+    images, test_images = images[:, None], test_images[:, None]
+    return Dataset(
+        "mnist",
+        Split(images[:50_000], labels[:50_000]),
+        Split(images[50_000:], labels[50_000:]),
+        Split(test_images, test_labels),
+    )
+
+
+def _read_idx(folder: Path, name: str) -> Tensor:
+    """One idx file, plain or gzipped, verified before it is used."""
+    plain, zipped = folder / name, folder / f"{name}.gz"
+    try:
+        content = plain.read_bytes() if plain.exists() else gzip.decompress(zipped.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"MNIST is not in {folder.parent.parent}; run `svae data mnist`, or set SVAE_DATA") from None
+    except (OSError, EOFError, gzip.zlib.error):
+        raise UserError(f"{zipped} cannot be unpacked; delete it and run `svae data mnist`") from None
+    if hashlib.md5(content).hexdigest() != MNIST_MD5[name]:
+        raise UserError(f"{folder / name} has the wrong checksum; delete it and run `svae data mnist`")
+    dims = content[3]
+    shape = np.frombuffer(content, ">i4", dims, 4)
+    array = np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
+    tensor = torch.from_numpy(array.copy())
+    return tensor if dims == 3 else tensor.long()
+
+
+def _download_mnist(folder: Path) -> None:
+    import svae_lib._torchvision  # noqa: F401, I001  (must come before torchvision)
+    from torchvision.datasets import MNIST
+
+    try:
+        MNIST(str(folder), download=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"MNIST could not be downloaded to {folder} ({error}); put it there by hand") from None
+
+
+DATASETS: dict[str, Callable[[], Dataset]] = {
+    "digits": _digits,
+    "patches32": lambda: _patches(32),
+    "patches64": lambda: _patches(64),
+    "mnist": _mnist,
+}

@@ -1,0 +1,132 @@
+r"""What is reported: bounds on the NLL, reconstruction error, and the score of samples.
+
+A metric is a dictionary {"value", "se", "n"}: the mean over n images and its standard error
+(for the classifier score: mean and standard deviation over splits, as is customary).
+Everything runs in eval mode, without gradients, in fp32, on the device of the images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from svae_lib.data import binarise, grey
+from svae_lib.densities import standard_normal_log_prob
+
+Metric = dict[str, float]
+
+
+def summary(values: Tensor) -> Metric:
+    r"""Mean, standard error and count of one number per image."""
+    values = values.double()
+    return {"value": values.mean().item(), "se": values.std().item() / math.sqrt(len(values)), "n": len(values)}
+
+
+def batches(images: Tensor, size: int = 250) -> Iterator[Tensor]:
+    r"""uint8 images -> grey fp32 batches."""
+    return map(grey, images.split(size))
+
+
+@torch.no_grad()
+def elbo_parts(encoder: nn.Module, decoder: nn.Module, images: Tensor, dynamic: bool) -> tuple[Tensor, Tensor]:
+    r"""S1 per image, one draw of z each: (−log p_θ(x|z), KL(q_φ(z|x) ‖ p(z))) in nats, each (N,).
+
+    dynamic=False: x is the grey image, as input and as target (A §5.1). dynamic=True: x is a fresh
+    binarisation of it, as input and as target. uint8 (N, C, H, W) -> two (N,).
+    """
+    distortion, rate = [], []
+    for x in batches(images):
+        x = binarise(x) if dynamic else x
+        q = encoder(x)
+        distortion.append(-decoder(q.rsample()).log_prob(x))
+        rate.append(q.kl_to_standard())
+    return torch.cat(distortion), torch.cat(rate)
+
+
+@torch.no_grad()
+def importance_weighted_nll(
+    encoder: nn.Module, decoder: nn.Module, x: Tensor, samples: int, chunk: int = 500
+) -> Tensor:
+    r"""−log (1/K) Σ_k p_θ(x, z_k) / q_φ(z_k|x), z_k ~ q_φ(z|x): an upper bound on −log p_θ(x), tighter in K.
+
+    x (N, C, H, W) float, K = `samples` -> (N,) nats. Source: Burda et al. 2016.
+    """
+    bounds = []
+    for image in x.split(1):
+        q = encoder(image)
+        log_weights = []
+        for size in [chunk] * (samples // chunk) + [samples % chunk] * (samples % chunk > 0):
+            z = q.rsample(torch.randn(size, q.mean.shape[1], device=x.device))
+            log_joint = decoder(z).log_prob(image.expand(size, *image.shape[1:])) + standard_normal_log_prob(z)
+            log_weights.append(log_joint - q.log_prob(z))
+        bounds.append(math.log(samples) - torch.cat(log_weights).logsumexp(0))
+    return torch.stack(bounds)
+
+
+@torch.no_grad()
+def dynamic_nll(
+    encoder: nn.Module, decoder: nn.Module, images: Tensor, samples: int, subset: int
+) -> dict[str, Metric]:
+    r"""The two bounds on dynamically binarised images: ELBO on all, importance-weighted on all by difference.
+
+    The importance-weighted bound costs K decodings per image, so its *gap* to the ELBO is measured on the
+    first `subset` images and subtracted from the ELBO of all of them: the gap varies far less from image
+    to image than the NLL does. Its standard error adds both parts.
+    """
+    distortion, rate = elbo_parts(encoder, decoder, images, dynamic=True)
+    elbo = summary(distortion + rate)
+    x = binarise(grey(images[:subset]))
+    one_draw = torch.stack([importance_weighted_nll(encoder, decoder, x, 1, 1) for _ in range(20)]).mean(0)
+    gap = summary(one_draw - importance_weighted_nll(encoder, decoder, x, samples))
+    bound = {"value": elbo["value"] - gap["value"], "se": math.hypot(elbo["se"], gap["se"]), "n": subset, "k": samples}
+    return {"elbo_dynamic": elbo, "iw_dynamic": bound}
+
+
+@torch.no_grad()
+def reconstruction_error(encoder: nn.Module, decoder: nn.Module, images: Tensor) -> dict[str, Metric]:
+    r"""Error of x̂, the decoder mean at the encoder mean, in both units that "RMSE" may have.
+
+    rmse_grey: √ mean over images and pixels of (x̂ − x)², in grey levels 0..255;
+    l2: the mean over images of ‖x̂ − x‖₂ with pixels in [0, 1].
+    """
+    square = []
+    for x in batches(images):
+        square.append((decoder(encoder(x).mean).mean - x).square().flatten(1))
+    per_image = torch.cat([s.sum(1) for s in square])
+    pixels = square[0].shape[1]
+    mse = summary(per_image / pixels)
+    rmse = 255 * math.sqrt(mse["value"])
+    return {
+        "rmse_grey": {"value": rmse, "se": rmse * mse["se"] / (2 * mse["value"]), "n": mse["n"]},
+        "l2": summary(per_image.sqrt()),
+    }
+
+
+@torch.no_grad()
+def sample_images(decoder: nn.Module, z_dim: int, count: int, device: torch.device) -> Tensor:
+    r"""`count` decoder means at z ~ N(0, I), rounded to uint8 as stored images are; (count, C, H, W)."""
+    images = []
+    for size in [250] * (count // 250) + [count % 250] * (count % 250 > 0):
+        mean = decoder(torch.randn(size, z_dim, device=device)).mean
+        images.append((mean * 255).round().to(torch.uint8))
+    return torch.cat(images)
+
+
+@torch.no_grad()
+def classifier_score(log_probs: Callable[[Tensor], Tensor], images: Tensor, splits: int = 10) -> Metric:
+    r"""exp E_x KL(p(y|x) ‖ p(y)), the inception score with p(y|x) from the given classifier.
+
+    x runs over the model's samples (A §5.1 prints q(x); erratum 5). Mean and standard deviation over
+    `splits` equal parts. `log_probs` maps grey (B, C, H, W) to (B, classes). Source: Salimans et al. 2016.
+    """
+    log_p = torch.cat([log_probs(x) for x in batches(images)]).double()
+    scores = []
+    for part in log_p.chunk(splits):
+        marginal = part.exp().mean(0)
+        divergence = (part.exp() * part - torch.special.xlogy(part.exp(), marginal)).sum(1)
+        scores.append(divergence.mean().exp())
+    scores = torch.stack(scores)
+    return {"value": scores.mean().item(), "se": scores.std().item(), "n": len(images)}

@@ -1,0 +1,243 @@
+r"""The one alternating update, and the loop around it: checkpoint, resume, EMA, diagnostics, progress."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from svae_lib.data import Split, grey
+from svae_lib.errors import UserError
+from svae_lib.methods import Draws, Method, Model, scores_and_slope
+
+CHECKPOINT_SECONDS = 60  # how much work an interruption may cost
+
+
+@dataclass(frozen=True)
+class Settings:
+    r"""Everything the loop needs to know. One update = `critic_steps` critic steps and one player step."""
+
+    updates: int = 1000
+    batch: int = 64
+    lr: float = 1e-4  # Adam, players (S §6)
+    critic_lr: float = 1e-4  # Adam, critic (S §6)
+    beta1: float = 0.9  # Adam's default: unstated in the papers
+    critic_steps: int = 1
+    weight: float = 0.3  # λ of S29 (S §6)
+    penalty: float = 0.0  # weight of E‖∇f‖² on both joints
+    ema: float = 0.0  # decay of the averaged players that are evaluated; 0: the last ones
+    precision: str = "fp32"  # or bf16: autocast in training, never in evaluation
+    log_every: int = 100
+
+
+class Diverged(UserError):
+    r"""Training produced numbers that are not finite."""
+
+
+class Trainer:
+    r"""Trains `model` by `method` on `data`; `held_out` is only looked at for diagnostics.
+
+    Initial weights are the caller's; `seed` starts the stream of batches and noise. The whole state is
+    one dictionary: a run that was stopped and resumed ends in the same bits as one that was not.
+    Everything lives on the device of `data`.
+    """
+
+    def __init__(
+        self, model: Model, method: Method, settings: Settings, data: Split, held_out: Split, seed: int
+    ) -> None:
+        if settings.precision not in ("fp32", "bf16"):
+            raise UserError(f"precision must be fp32 or bf16, not '{settings.precision}'")
+        self.model, self.method, self.settings = model, method, settings
+        self.data, self.held_out = data, held_out
+        self.device = data.images.device
+        self.done, self.seconds = 0, 0.0
+        self.history: list[dict[str, float]] = []
+        self.player_optimiser = self._adam(model.players, settings.lr)
+        self.critic_optimiser = self._adam(model.critic, settings.critic_lr) if method.critic else None
+        self.average = None
+        if settings.ema:
+            average = get_ema_multi_avg_fn(settings.ema)
+            self.average = AveragedModel(model.players, multi_avg_fn=average, use_buffers=True)
+        torch.manual_seed(seed)
+
+    def _adam(self, net: torch.nn.Module, lr: float) -> torch.optim.Adam:
+        fused = self.device.type != "mps"
+        return torch.optim.Adam(net.parameters(), lr=lr, betas=(self.settings.beta1, 0.999), fused=fused)
+
+    # One update ---------------------------------------------------------------------------
+
+    def update(self) -> None:
+        r"""One alternating update: the critic climbs its objective, then the players climb theirs."""
+        draws = self.draw(self.data)
+        if self.method.critic is not None:
+            for step in range(self.settings.critic_steps):
+                draws = self.draw(self.data) if step else draws
+                self.critic_step(draws)
+        self.player_step(draws)
+        if self.average is not None:
+            self.average.update_parameters(self.model.players)
+        self.done += 1
+
+    def draw(self, split: Split) -> Draws:
+        r"""A batch of data and of prior codes; both joints follow from them when asked for."""
+        rows = torch.randint(len(split), (self.settings.batch,), device=self.device)
+        z_p = torch.randn(self.settings.batch, self.model.z_dim, device=self.device)
+        return Draws(self.model, grey(split.images[rows]), z_p, self.settings.weight)
+
+    def critic_step(self, draws: Draws) -> None:
+        r"""ψ climbs g(ψ) with (θ, φ) fixed, so the draws carry no gradient here (S10)."""
+        with self._autocast():
+            pairs = (draws.x, draws.z_q.detach()), (draws.x_p.detach(), draws.z_p)
+            if self.settings.penalty:
+                (f_q, slope_q), (f_p, slope_p) = (scores_and_slope(self.model.critic, *pair) for pair in pairs)
+                penalty = self.settings.penalty * (slope_q + slope_p)
+            else:
+                f_q, f_p = (self.model.critic(*pair) for pair in pairs)
+                penalty = 0.0
+            loss = penalty - self.method.critic(f_q, f_p)
+        self.critic_optimiser.zero_grad()
+        loss.backward()
+        self.critic_optimiser.step()
+
+    def player_step(self, draws: Draws) -> None:
+        r"""θ and φ climb the player objective with ψ fixed: gradients pass through f, not into it (S14)."""
+        if self.method.critic is not None:
+            self.model.critic.requires_grad_(False)
+        with self._autocast():
+            loss = -self.method.player(draws)
+        self.player_optimiser.zero_grad()
+        loss.backward()
+        self.player_optimiser.step()
+        if self.method.critic is not None:
+            self.model.critic.requires_grad_(True)
+
+    def _autocast(self):
+        if self.settings.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    # The loop -----------------------------------------------------------------------------
+
+    def fit(self, checkpoint: Path | None = None, on_log: Callable[[dict], None] | None = None) -> None:
+        r"""Update until `settings.updates` are done. `checkpoint` is resumed from, if it exists, and kept.
+
+        `on_log` receives the diagnostics every `log_every` updates. Raises Diverged when they are not finite.
+        """
+        if checkpoint is not None and checkpoint.exists():
+            self.load_state(read_checkpoint(checkpoint))
+        nets = [net for net in (self.model.players, self.model.critic) if net is not None]
+        start = saved = time.perf_counter()
+        with tqdm(total=self.settings.updates, initial=self.done, disable=None, file=sys.stderr) as bar:
+            while self.done < self.settings.updates:
+                for net in nets:
+                    net.train()
+                self.update()
+                bar.update()
+                now = time.perf_counter()
+                if self.done % self.settings.log_every == 0 or self.done == self.settings.updates:
+                    self.seconds, start = self.seconds + now - start, now
+                    self.history.append(self.diagnose())
+                    if on_log is not None:
+                        on_log(self.history[-1])
+                if checkpoint is not None and now - saved > CHECKPOINT_SECONDS:
+                    self.seconds, start, saved = self.seconds + now - start, now, now
+                    write_checkpoint(self.state(), checkpoint)
+        if checkpoint is not None:
+            write_checkpoint(self.state(), checkpoint)
+
+    def evaluated_players(self) -> torch.nn.ModuleDict:
+        r"""Encoder and decoder to evaluate, in eval mode: the averaged ones if there is an average."""
+        players = self.model.players if self.average is None else self.average.module
+        return players.eval()
+
+    def diagnose(self) -> dict[str, float]:
+        r"""Where training stands, on held-out pairs: the player objective, and for a critic its loss
+        −g(ψ), accuracy, mean and std of f on both joints, and the rms slope of f in x and in z.
+
+        The random stream of training is left untouched, so logging more often changes nothing.
+        """
+        for net in (self.model.players, self.model.critic):
+            if net is not None:
+                net.eval()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.done)
+            with torch.no_grad():
+                draws = self.draw(self.held_out)
+                row = {"update": self.done, "seconds": round(self.seconds, 2)}
+                row["objective"] = self.method.player(draws).item()
+                log_p = draws.log_p_x_given_z.mean().item()
+                row |= {"reconstruction": log_p, "kl": draws.q_z_given_x.kl_to_standard().mean().item()}
+            if self.method.critic is not None:
+                row |= self._diagnose_critic(draws)
+        if not all(map(torch.isfinite, map(torch.tensor, row.values()))):
+            raise Diverged(f"training diverged at update {self.done}; lower lr or raise penalty")
+        return row
+
+    def _diagnose_critic(self, draws: Draws) -> dict[str, float]:
+        row = {"critic_loss": -self.method.critic(draws.f_q, draws.f_p).item()}
+        row["accuracy"] = 0.5 * ((draws.f_q < 0).float().mean() + (draws.f_p > 0).float().mean()).item()
+        for joint, x, z in (("q", draws.x, draws.z_q), ("p", draws.x_p, draws.z_p)):
+            x, z = x.detach().requires_grad_(), z.detach().requires_grad_()
+            scores = self.model.critic(x, z)
+            slopes = torch.autograd.grad(scores.sum(), (x, z))
+            row |= {f"f_{joint}_mean": scores.mean().item(), f"f_{joint}_std": scores.std().item()}
+            for name, slope in zip("xz", slopes, strict=True):
+                row[f"slope_{joint}_{name}"] = slope.flatten(1).square().sum(1).mean().sqrt().item()
+        return row
+
+    # State --------------------------------------------------------------------------------
+
+    def _parts(self) -> dict[str, object]:
+        parts = {"players": self.model.players, "player_optimiser": self.player_optimiser}
+        if self.method.critic is not None:
+            parts |= {"critic": self.model.critic, "critic_optimiser": self.critic_optimiser}
+        if self.average is not None:
+            parts["average"] = self.average
+        return parts
+
+    def state(self) -> dict:
+        r"""Everything that the next update depends on."""
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        state |= {"done": self.done, "seconds": self.seconds, "history": self.history}
+        state["random"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            state["cuda_random"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def load_state(self, state: dict) -> None:
+        r"""Continue from `state`. Raises UserError if it belongs to other nets or another method."""
+        parts = self._parts()
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            self.done, self.seconds, self.history = state["done"], state["seconds"], state["history"]
+            torch.set_rng_state(state["random"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_random"], self.device)
+        except (KeyError, RuntimeError, ValueError):
+            raise UserError("the checkpoint belongs to another experiment; delete it to start afresh") from None
+
+
+def write_checkpoint(state: dict, path: Path) -> None:
+    r"""Write `state` to `path` so that the file is always whole: the old one, or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    torch.save(state, new)
+    os.replace(new, path)
+
+
+def read_checkpoint(path: Path) -> dict:
+    r"""The state in `path`, on the CPU. Raises UserError if the file is not a checkpoint."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch raises many kinds here, all meaning the same
+        raise UserError(f"{path} is not a readable checkpoint; delete it to start afresh") from None
