@@ -121,7 +121,8 @@ def run_chapter(
     streams = {"stdout_file": sys.stdout, "stderr_file": sys.stderr} if echo else {}
     try:
         papermill.execute_notebook(
-            path, part, params, kernel_name="python3", cwd=path.parent, progress_bar=False, **streams
+            path, part, params, kernel_name="python3", cwd=path.parent, progress_bar=False,
+            extra_arguments=["--log-level=CRITICAL"], **streams,
         )
     except papermill.PapermillExecutionError as error:
         message = f"{error.ename}: {error.evalue}".strip().splitlines()[0]

@@ -1,0 +1,16 @@
+r"""Docstrings are plain text with mathematics in it: their bars and stars are not markup."""
+
+import re
+
+from sphinx.application import Sphinx
+
+CODE_OR_MARK = re.compile(r"(`+[^`]+`+)|([|*])")
+
+
+def escape_marks(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    lines[:] = [CODE_OR_MARK.sub(lambda found: found[1] or "\\" + found[2], line) for line in lines]
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("autodoc-process-docstring", escape_marks)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
