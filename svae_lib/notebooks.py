@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -41,10 +42,12 @@ def footer(profile: str, seed: int, **parameters: Any) -> None:
         "seed": seed,
         **parameters,
         "device": describe(choose_device()),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "versions": ", ".join(f"{name}\xa0{version}" for name, version in versions().items()),
     }
+    width = max(map(len, shown)) + 2
     for name, value in shown.items():
-        print(f"{name + ':':<{max(map(len, shown)) + 2}}{value}")
+        line = textwrap.fill(f"{name + ':':<{width}}{value}", 72, subsequent_indent=" " * width)
+        print(line.replace("\xa0", " "))
 
 
 # Chapters and their parameters

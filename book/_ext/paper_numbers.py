@@ -1,7 +1,8 @@
 r"""Number the papers' equations as the papers do: the equation labelled S14 prints as (S14).
 
 Every other equation keeps its number of the form chapter.count, counted without the papers' ones.
-Both the equation and each reference to it read `env.toc_fignumbers`, so that is where the labels go.
+Both the equation and each reference to it read `env.toc_fignumbers`, so that is where the labels go,
+but only once the environment is saved: the next build compares its count with what was saved.
 """
 
 import re
@@ -12,7 +13,7 @@ from sphinx.environment import BuildEnvironment
 PAPER_EQUATION = re.compile(r"equation-([sa]\d+)")  # node ids are lower case
 
 
-def number_equations(app: Sphinx, env: BuildEnvironment) -> list[str]:
+def number_equations(app: Sphinx, env: BuildEnvironment) -> None:
     for figures in env.toc_fignumbers.values():
         equations = figures.get("displaymath", {})
         count = 0
@@ -22,9 +23,8 @@ def number_equations(app: Sphinx, env: BuildEnvironment) -> list[str]:
             else:
                 count += 1
                 equations[node_id] = (*number[:-1], count)
-    return []
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    app.connect("env-get-updated", number_equations, priority=900)  # after Sphinx has counted
+    app.connect("env-check-consistency", number_equations)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
