@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from svae_lib.data import Split, grey
@@ -22,7 +23,7 @@ CHECKPOINT_SECONDS = 60  # how much work an interruption may cost
 
 
 @dataclass(frozen=True)
-class Settings:
+class Training:
     r"""Everything the loop needs to know. One update = `critic_steps` critic steps and one player step."""
 
     updates: int = 1000
@@ -47,30 +48,44 @@ class Trainer:
 
     Initial weights are the caller's; `seed` starts the stream of batches and noise. The whole state is
     one dictionary: a run that was stopped and resumed ends in the same bits as one that was not.
-    Everything lives on the device of `data`.
+    Everything lives on the device of `data`. `identity` names the experiment in its checkpoints.
     """
 
     def __init__(
-        self, model: Model, method: Method, settings: Settings, data: Split, held_out: Split, seed: int
+        self,
+        model: Model,
+        method: Method,
+        training: Training,
+        data: Split,
+        held_out: Split,
+        seed: int,
+        identity: str = "",
     ) -> None:
-        if settings.precision not in ("fp32", "bf16"):
-            raise UserError(f"precision must be fp32 or bf16, not '{settings.precision}'")
-        self.model, self.method, self.settings = model, method, settings
+        if training.precision not in ("fp32", "bf16"):
+            raise UserError(f"precision must be fp32 or bf16, not '{training.precision}'")
+        self.model, self.method, self.training = model, method, training
         self.data, self.held_out = data, held_out
         self.device = data.images.device
-        self.done, self.seconds = 0, 0.0
+        self.identity, self.done, self.seconds = identity, 0, 0.0
         self.history: list[dict[str, float]] = []
-        self.player_optimiser = self._adam(model.players, settings.lr)
-        self.critic_optimiser = self._adam(model.critic, settings.critic_lr) if method.critic else None
+        self.player_optimiser = self._adam(model.players, training.lr)
+        self.critic_optimiser = self._adam(model.critic, training.critic_lr) if method.critic else None
         self.average = None
-        if settings.ema:
-            average = get_ema_multi_avg_fn(settings.ema)
-            self.average = AveragedModel(model.players, multi_avg_fn=average, use_buffers=True)
+        if training.ema:
+            self.average = AveragedModel(model.players, multi_avg_fn=self._follow, use_buffers=True)
         torch.manual_seed(seed)
 
     def _adam(self, net: torch.nn.Module, lr: float) -> torch.optim.Adam:
         fused = self.device.type != "mps"
-        return torch.optim.Adam(net.parameters(), lr=lr, betas=(self.settings.beta1, 0.999), fused=fused)
+        return torch.optim.Adam(net.parameters(), lr=lr, betas=(self.training.beta1, 0.999), fused=fused)
+
+    def _follow(self, average: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        r"""EMA whose decay grows to `ema`, so that the initial weights are forgotten in short runs too."""
+        decay = min(self.training.ema, (1 + self.done) / (10 + self.done))
+        if average[0].is_floating_point():
+            torch._foreach_lerp_(average, current, 1 - decay)
+        else:  # the batch counters of BatchNorm
+            torch._foreach_copy_(average, current)
 
     # One update ---------------------------------------------------------------------------
 
@@ -78,7 +93,7 @@ class Trainer:
         r"""One alternating update: the critic climbs its objective, then the players climb theirs."""
         draws = self.draw(self.data)
         if self.method.critic is not None:
-            for step in range(self.settings.critic_steps):
+            for step in range(self.training.critic_steps):
                 draws = self.draw(self.data) if step else draws
                 self.critic_step(draws)
         self.player_step(draws)
@@ -88,17 +103,17 @@ class Trainer:
 
     def draw(self, split: Split) -> Draws:
         r"""A batch of data and of prior codes; both joints follow from them when asked for."""
-        rows = torch.randint(len(split), (self.settings.batch,), device=self.device)
-        z_p = torch.randn(self.settings.batch, self.model.z_dim, device=self.device)
-        return Draws(self.model, grey(split.images[rows]), z_p, self.settings.weight)
+        rows = torch.randint(len(split), (self.training.batch,), device=self.device)
+        z_p = torch.randn(self.training.batch, self.model.z_dim, device=self.device)
+        return Draws(self.model, grey(split.images[rows]), z_p, self.training.weight)
 
     def critic_step(self, draws: Draws) -> None:
         r"""ψ climbs g(ψ) with (θ, φ) fixed, so the draws carry no gradient here (S10)."""
         with self._autocast():
             pairs = (draws.x, draws.z_q.detach()), (draws.x_p.detach(), draws.z_p)
-            if self.settings.penalty:
+            if self.training.penalty:
                 (f_q, slope_q), (f_p, slope_p) = (scores_and_slope(self.model.critic, *pair) for pair in pairs)
-                penalty = self.settings.penalty * (slope_q + slope_p)
+                penalty = self.training.penalty * (slope_q + slope_p)
             else:
                 f_q, f_p = (self.model.critic(*pair) for pair in pairs)
                 penalty = 0.0
@@ -120,14 +135,14 @@ class Trainer:
             self.model.critic.requires_grad_(True)
 
     def _autocast(self):
-        if self.settings.precision == "fp32":
+        if self.training.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
     # The loop -----------------------------------------------------------------------------
 
     def fit(self, checkpoint: Path | None = None, on_log: Callable[[dict], None] | None = None) -> None:
-        r"""Update until `settings.updates` are done. `checkpoint` is resumed from, if it exists, and kept.
+        r"""Update until `training.updates` are done. `checkpoint` is resumed from, if it exists, and kept.
 
         `on_log` receives the diagnostics every `log_every` updates. Raises Diverged when they are not finite.
         """
@@ -135,14 +150,14 @@ class Trainer:
             self.load_state(read_checkpoint(checkpoint))
         nets = [net for net in (self.model.players, self.model.critic) if net is not None]
         start = saved = time.perf_counter()
-        with tqdm(total=self.settings.updates, initial=self.done, disable=None, file=sys.stderr) as bar:
-            while self.done < self.settings.updates:
+        with tqdm(total=self.training.updates, initial=self.done, disable=None, file=sys.stderr) as bar:
+            while self.done < self.training.updates:
                 for net in nets:
                     net.train()
                 self.update()
                 bar.update()
                 now = time.perf_counter()
-                if self.done % self.settings.log_every == 0 or self.done == self.settings.updates:
+                if self.done % self.training.log_every == 0 or self.done == self.training.updates:
                     self.seconds, start = self.seconds + now - start, now
                     self.history.append(self.diagnose())
                     if on_log is not None:
@@ -207,7 +222,7 @@ class Trainer:
     def state(self) -> dict:
         r"""Everything that the next update depends on."""
         state = {name: part.state_dict() for name, part in self._parts().items()}
-        state |= {"done": self.done, "seconds": self.seconds, "history": self.history}
+        state |= {"identity": self.identity, "done": self.done, "seconds": self.seconds, "history": self.history}
         state["random"] = torch.get_rng_state()
         if self.device.type == "cuda":
             state["cuda_random"] = torch.cuda.get_rng_state(self.device)
@@ -215,16 +230,17 @@ class Trainer:
 
     def load_state(self, state: dict) -> None:
         r"""Continue from `state`. Raises UserError if it belongs to other nets or another method."""
-        parts = self._parts()
+        if state.get("identity") != self.identity:
+            raise UserError("the checkpoint belongs to another experiment; delete it to start afresh")
         try:
-            for name, part in parts.items():
+            for name, part in self._parts().items():
                 part.load_state_dict(state[name])
             self.done, self.seconds, self.history = state["done"], state["seconds"], state["history"]
             torch.set_rng_state(state["random"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_random"], self.device)
         except (KeyError, RuntimeError, ValueError):
-            raise UserError("the checkpoint belongs to another experiment; delete it to start afresh") from None
+            raise UserError("the checkpoint does not fit these nets; delete it to start afresh") from None
 
 
 def write_checkpoint(state: dict, path: Path) -> None:

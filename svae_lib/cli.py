@@ -1,0 +1,159 @@
+r"""The command line `svae`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from pathlib import Path
+
+from svae_lib import __version__
+from svae_lib.errors import UserError
+
+
+def methods_command(_: argparse.Namespace) -> None:
+    from svae_lib.methods import METHODS
+
+    print(f"{'method':<12}{'critic':<8}{'players':<15}what it does")
+    for method in METHODS.values():
+        print(f"{method.name:<12}{method.critic_equation:<8}{method.player_equation:<15}{method.summary}")
+
+
+def run_command(args: argparse.Namespace) -> None:
+    from svae_lib import experiment, records
+
+    changes = dict(pair_of(text) for text in args.set)
+    chosen = experiment.Experiment.make(args.dataset, args.method, args.profile, args.setting, args.seed, **changes)
+    folder = args.results or records.results_folder()
+    print(f"{chosen.name}: {chosen.training.updates} updates")
+    record = experiment.run(chosen, args.device, folder, print_row)
+    print_record(record)
+    print(f"record: {folder / chosen.dataset / chosen.name}.json")
+
+
+def pair_of(text: str) -> tuple[str, str]:
+    r"""KEY=VALUE -> (KEY, VALUE)."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set wants KEY=VALUE, not '{text}'")
+    return key, value
+
+
+def print_row(row: dict) -> None:
+    r"""One plain line of diagnostics."""
+    shown = ("update", "seconds", "objective", "reconstruction", "kl", "critic_loss", "accuracy")
+    print("  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row), flush=True)
+
+
+def print_record(record: dict) -> None:
+    r"""The metrics of a finished run."""
+    if record["status"] != "done":
+        print(f"{record['status']}: {record['reason']}")
+    for name, metric in record["metrics"].items():
+        print(f"{name:<17}{metric['value']:>10.3f} ± {metric['se']:.3f}  (n = {metric['n']})")
+    if "real_data" in record:
+        print(f"{'real test score':<17}{record['real_data']['score']['value']:>10.3f}")
+
+
+def table_command(args: argparse.Namespace) -> None:
+    from svae_lib import records
+
+    print(records.table(args.dataset, args.results).to_string(index=False))
+
+
+def notebook_command(args: argparse.Namespace) -> None:
+    from svae_lib import notebooks
+
+    print(notebooks.run_chapter(args.chapter, dict(args.parameter), args.output))
+
+
+def book_command(args: argparse.Namespace) -> None:
+    from svae_lib import notebooks
+
+    if args.store:
+        notebooks.store()
+    else:
+        print(notebooks.build_book())
+
+
+def data_command(args: argparse.Namespace) -> None:
+    from svae_lib import data
+
+    print(data.fetch(args.dataset))
+
+
+def parser() -> argparse.ArgumentParser:
+    r"""All subcommands, with help that teaches."""
+    top = argparse.ArgumentParser(
+        prog="svae",
+        description="Train, evaluate and tabulate the symmetric VAE and its relatives.",
+        epilog="Start with: svae methods; svae run digits svae-r; svae table mnist",
+    )
+    top.add_argument("--version", action="version", version=f"svae {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, function, help: str, epilog: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=help, description=help, epilog=textwrap.dedent(epilog),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        sub.set_defaults(function=function)
+        return sub
+
+    command("methods", methods_command, "list the methods with their critic and player equations")
+
+    run = command(
+        "run", run_command, "train one model, evaluate it once on the test set, write one record",
+        """\
+        examples:
+          svae run digits svae-r                        seconds, no download
+          svae run mnist svae-exact --profile cpu --setting stabilised --seed 1
+          svae run mnist svae-r --profile cpu --set weight=1.0 --set updates=20000
+
+        Interrupted? The same command goes on where it stopped. Finished? It prints the record.
+        """,
+    )  # fmt: skip
+    run.add_argument("dataset", help="digits, patches32, patches64 or mnist")
+    run.add_argument("method", help="a name from `svae methods`")
+    run.add_argument("--profile", default="quick", help="quick (seconds), cpu (minutes to an hour) or paper (a GPU)")
+    run.add_argument("--setting", default="literal", help="literal (as the appendix prints) or stabilised")
+    run.add_argument("--seed", type=int, default=0, help="initial weights, batches and noise (default 0)")
+    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one hyperparameter")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    run.add_argument("--results", type=Path, help="folder for records (default: results/ of the clone)")
+
+    table = command("table", table_command, "the papers' table beside our records of it")
+    table.add_argument("dataset", help="mnist")
+    table.add_argument("--results", type=Path, help="folder of records (default: results/ of the clone)")
+
+    notebook = command(
+        "notebook", notebook_command, "execute one chapter with checked parameters",
+        """\
+        example:
+          svae notebook mnist -p profile cpu -p seed 1 --output my_mnist.ipynb
+        """,
+    )  # fmt: skip
+    notebook.add_argument("chapter", help="number, name or any unambiguous beginning of one")
+    notebook.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    notebook.add_argument("--output", type=Path, help="where the executed notebook goes (default: _build)")
+
+    book = command("book", book_command, "execute the chapters that changed and build the HTML pages")
+    book.add_argument("--store", action="store_true", help="also keep the fresh outputs in notebooks/")
+
+    dataset = command("data", data_command, "find or download a dataset, verify it, say where it is")
+    dataset.add_argument("dataset", help="digits, patches32, patches64 or mnist")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    r"""Run one subcommand. A user's error is one sentence on stderr and exit code 2, never a traceback."""
+    args = parser().parse_args(arguments)
+    try:
+        args.function(args)
+    except UserError as error:
+        print(f"svae: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("svae: interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,213 @@
+r"""Everything that defines a run in one frozen object, and `run`, which turns it into a record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from svae_lib import data, methods, metrics, records
+from svae_lib.classifier import accuracy, load_classifier
+from svae_lib.device import choose_device, describe
+from svae_lib.errors import UserError
+from svae_lib.nets import A1Critic, A1Decoder, A1Encoder, init_xavier
+from svae_lib.train import Diverged, Trainer, Training
+
+
+@dataclass(frozen=True)
+class Nets:
+    r"""Sizes and switches of the A.1 nets; the defaults are the literal reading of the appendix."""
+
+    z_dim: int = 64
+    hidden: int = 128  # width of every "MLP": unstated
+    norm: str = "batch"
+    dropout: float = 0.2  # stated without a rate (S §6)
+    critic_norm: str = "batch"
+    critic_dropout: float = 0.2
+    critic_pool: str = "average"
+    instance_noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    r"""How much is spent on the numbers of a record."""
+
+    score_samples: int = 10_000
+    iw_samples: int = 5_000  # K
+    iw_images: int = 1_000  # images on which the gap to the ELBO is measured
+
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "quick": {"updates": 400, "log_every": 40, "score_samples": 300, "iw_samples": 500, "iw_images": 20},
+    "cpu": {"updates": 6_000, "precision": "bf16", "iw_images": 100},
+    "paper": {"updates": 200_000, "log_every": 1_000, "precision": "bf16", "score_samples": 50_000},
+}
+
+# "literal" is what the appendix prints. "stabilised" keeps nets of the same size and bounds the slope of the
+# critic, which then no longer reads the quantisation of x, and sees where in the image a stroke is.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "literal": {},
+    "stabilised": {
+        "dropout": 0.0, "critic_dropout": 0.0, "critic_norm": "none", "critic_pool": "none",
+        "instance_noise": 0.1, "penalty": 0.05, "lr": 5e-4, "critic_lr": 5e-4, "beta1": 0.5, "ema": 0.999,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Experiment:
+    r"""One run. Make it with `Experiment.make`; equal experiments give equal results on one machine."""
+
+    dataset: str
+    method: str
+    profile: str
+    setting: str
+    seed: int
+    nets: Nets = field(default_factory=Nets)
+    training: Training = field(default_factory=Training)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    @staticmethod
+    def make(
+        dataset: str, method: str, profile: str = "quick", setting: str = "literal", seed: int = 0, **changes: Any
+    ) -> Experiment:
+        r"""Profile, then setting, then `changes` (any field of Nets, Training, Evaluation).
+
+        Raises UserError for an unknown dataset, method, profile, setting or key, or a value of the wrong type.
+        """
+        for name, known in (("dataset", data.DATASETS), ("profile", PROFILES), ("setting", SETTINGS)):
+            if locals()[name] not in known:
+                raise UserError(f"unknown {name} '{locals()[name]}'; choose one of: {', '.join(known)}")
+        methods.find(method)
+        experiment = Experiment(dataset, method, profile, setting, seed)
+        for key, value in (PROFILES[profile] | SETTINGS[setting] | changes).items():
+            experiment = experiment._with(key, value)
+        return experiment
+
+    def _with(self, key: str, value: Any) -> Experiment:
+        for part in ("nets", "training", "evaluation"):
+            old = getattr(getattr(self, part), key, None)
+            if old is not None:
+                return replace(self, **{part: replace(getattr(self, part), **{key: _typed(key, value, type(old))})})
+        raise UserError(f"unknown key '{key}'; choose one of: {', '.join(keys())}")
+
+    def flat(self) -> dict[str, Any]:
+        r"""Every choice in one level, as records hold it."""
+        nested = asdict(self)
+        parts = [nested.pop(part) for part in ("nets", "training", "evaluation")]
+        return nested | {key: value for part in parts for key, value in part.items()}
+
+    @property
+    def name(self) -> str:
+        r"""dataset-method-setting-profile-sSEED, with a hash of what differs from the named defaults."""
+        stem = f"{self.dataset}-{self.method}-{self.setting}-{self.profile}-s{self.seed}"
+        named = Experiment.make(self.dataset, self.method, self.profile, self.setting, self.seed)
+        if self == named:
+            return stem
+        changed = sorted(set(self.flat().items()) - set(named.flat().items()))
+        return f"{stem}-{hashlib.sha256(json.dumps(changed).encode()).hexdigest()[:6]}"
+
+
+def keys() -> list[str]:
+    r"""The names that `--set` knows."""
+    return [f.name for part in (Nets, Training, Evaluation) for f in fields(part)]
+
+
+def _typed(key: str, value: Any, kind: type) -> Any:
+    """`value` as `kind`; strings come from the command line."""
+    try:
+        converted = kind(value)
+        if isinstance(value, str) or converted == value:
+            return converted
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f"{key} must be of type {kind.__name__}, not '{value}'") from None
+
+
+def build_model(experiment: Experiment, shape: tuple[int, int, int]) -> methods.Model:
+    r"""Freshly initialised A.1 nets (Xavier), determined by the seed."""
+    nets = experiment.nets
+    torch.manual_seed(experiment.seed)
+    encoder = A1Encoder(shape, nets.z_dim, nets.hidden, nets.norm, nets.dropout)
+    decoder = A1Decoder(shape, nets.z_dim, nets.hidden, nets.norm, nets.dropout)
+    critic: nn.Module | None = None
+    if methods.find(experiment.method).critic is not None:
+        critic = A1Critic(
+            shape, nets.z_dim, nets.hidden, nets.critic_norm, nets.critic_dropout, nets.critic_pool, nets.instance_noise
+        )
+    built = [net if net is None else init_xavier(net) for net in (encoder, decoder, critic)]
+    return methods.Model(*built, nets.z_dim)
+
+
+def prepare(experiment: Experiment, dataset: data.Dataset, device: torch.device) -> Trainer:
+    r"""The trainer of an experiment, ready to `fit`."""
+    model = build_model(experiment, dataset.shape)
+    for net in (model.encoder, model.decoder, model.critic):
+        if net is not None:
+            net.to(device, memory_format=torch.channels_last)
+    method, identity = methods.find(experiment.method), json.dumps(experiment.flat())
+    split, held_out = dataset.train.to(device), dataset.validation.to(device)
+    return Trainer(model, method, experiment.training, split, held_out, experiment.seed, identity)
+
+
+def evaluate(experiment: Experiment, trainer: Trainer, dataset: data.Dataset) -> dict[str, metrics.Metric]:
+    r"""Every number of a record, on the test split."""
+    torch.manual_seed(experiment.seed)
+    how, images = experiment.evaluation, dataset.test.to(trainer.device).images
+    players = trainer.evaluated_players()
+    encoder, decoder = players["encoder"], players["decoder"]
+    distortion, rate = metrics.elbo_parts(encoder, decoder, images, dynamic=False)
+    values = {"elbo_grey": metrics.summary(distortion + rate)}
+    values |= {"distortion_grey": metrics.summary(distortion), "rate": metrics.summary(rate)}
+    values |= metrics.dynamic_nll(encoder, decoder, images, how.iw_samples, min(how.iw_images, len(images)))
+    values |= metrics.reconstruction_error(encoder, decoder, images)
+    classifier = load_classifier(dataset, trainer.device)
+    samples = metrics.sample_images(decoder, experiment.nets.z_dim, how.score_samples, trainer.device)
+    values["score"] = metrics.classifier_score(classifier, samples)
+    return values
+
+
+def real_data(dataset: data.Dataset, device: torch.device) -> dict[str, Any]:
+    r"""The row that every score is judged by: the same classifier on the real test images."""
+    classifier, test = load_classifier(dataset, device), dataset.test.to(device)
+    score = metrics.classifier_score(classifier, test.images)
+    return {"score": score, "classifier_accuracy": accuracy(classifier, test)}
+
+
+def run(
+    experiment: Experiment,
+    device: str = "auto",
+    folder: Path | None = None,
+    on_log: Callable[[dict], None] | None = None,
+) -> dict[str, Any]:
+    r"""Train (or resume), evaluate once on test, write the record with its pictures, and return it.
+
+    A finished experiment is not repeated: its record is returned. A run that diverges leaves a record too.
+    """
+    folder = records.results_folder() if folder is None else folder
+    done = records.read(folder, experiment.dataset, experiment.name)
+    if done is not None:
+        if done["experiment"] != experiment.flat():
+            raise UserError(f"record {experiment.name} was made with other defaults; delete it to run again")
+        return done
+    chosen = choose_device(device)
+    dataset = data.load(experiment.dataset)
+    trainer = prepare(experiment, dataset, chosen)
+    record = {"name": experiment.name, "status": "done", "experiment": experiment.flat()}
+    try:
+        trainer.fit(data.cache() / "runs" / f"{experiment.name}.pt", on_log)
+        record["metrics"] = evaluate(experiment, trainer, dataset)
+        record["real_data"] = real_data(dataset, chosen)
+        records.write_pictures(folder, experiment, trainer.evaluated_players(), dataset.test.to(chosen).images)
+    except Diverged as error:
+        record |= {"status": "diverged", "reason": str(error), "metrics": {}}
+    record |= {"history": trainer.history, "seconds": round(trainer.seconds, 1)}
+    record["environment"] = records.environment(describe(chosen))
+    records.write(folder, record)
+    return record

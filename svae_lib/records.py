@@ -1,0 +1,151 @@
+r"""Run records: one JSON file per run, and the tables that are made from them and from nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from svae_lib import __version__
+from svae_lib.data import grey
+from svae_lib.errors import UserError
+
+if TYPE_CHECKING:
+    from svae_lib.experiment import Experiment
+
+Record = dict[str, Any]
+
+COLUMNS = {  # metric in a record -> heading, decimals
+    "elbo_grey": ("ELBO, grey", 1),
+    "elbo_dynamic": ("ELBO, binarised", 1),
+    "iw_dynamic": ("IW bound, binarised", 1),
+    "rmse_grey": ("RMSE, levels", 1),
+    "l2": ("RMSE, L2", 2),
+    "score": ("score", 2),
+}
+
+
+def results_folder() -> Path:
+    r"""Where records live: `results/` of the clone the library was installed from, else of this folder."""
+    clone = Path(__file__).resolve().parent.parent / "results"
+    return clone if clone.is_dir() else Path("results")
+
+
+def environment(device: str) -> dict[str, str]:
+    r"""What the numbers may depend on besides the experiment."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True).stdout.strip()
+    return {
+        "commit": (commit or "unknown") + ("+changes" if changed else ""),
+        "version": __version__,
+        "device": device,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def write(folder: Path, record: Record) -> Path:
+    r"""Write one record, whole or not at all; returns its path."""
+    path = folder / record["experiment"]["dataset"] / f"{record['name']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(new, path)
+    return path
+
+
+def read(folder: Path, dataset: str, name: str) -> Record | None:
+    r"""The record of that name, or None if there is none. Raises UserError if the file is damaged."""
+    path = folder / dataset / f"{name}.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        raise UserError(f"{path} is damaged; delete it and run the experiment again") from None
+
+
+def read_all(dataset: str, folder: Path | None = None) -> list[Record]:
+    r"""All records of a dataset, ordered by name."""
+    folder = results_folder() if folder is None else folder
+    return [read(folder, dataset, path.stem) for path in sorted((folder / dataset).glob("*.json"))]
+
+
+@torch.no_grad()
+def write_pictures(folder: Path, experiment: Experiment, players: nn.ModuleDict, test: Tensor) -> None:
+    r"""NAME.samples.png (8 × 8 decoder means at z ~ p(z)) and NAME.reconstructions.png (x over x̂, 2 × 10)."""
+    import svae_lib._torchvision  # noqa: F401, I001  (must come before torchvision)
+    from torchvision.utils import save_image
+
+    torch.manual_seed(0)
+    stem = folder / experiment.dataset / experiment.name
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    z = torch.randn(64, experiment.nets.z_dim, device=test.device)
+    x = grey(test[:10])
+    x_hat = players["decoder"](players["encoder"](x).mean).mean
+    save_image(players["decoder"](z).mean, f"{stem}.samples.png", nrow=8, padding=1)
+    save_image(torch.cat([x, x_hat]), f"{stem}.reconstructions.png", nrow=10, padding=1)
+
+
+def papers(dataset: str, folder: Path | None = None) -> list[dict[str, Any]]:
+    r"""The rows that the papers print for a dataset, from results/papers.json."""
+    folder = results_folder() if folder is None else folder
+    rows = json.loads((folder / "papers.json").read_text(encoding="utf-8"))
+    if dataset not in rows:
+        raise UserError(f"the papers print no table for '{dataset}'; they do for: {', '.join(rows)}")
+    return rows[dataset]
+
+
+def spread(values: list[float], decimals: int) -> str:
+    r"""mean ± standard deviation over seeds; one seed shows no spread."""
+    mean = f"{statistics.mean(values):.{decimals}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
+
+
+def our_rows(dataset: str, folder: Path | None = None) -> pd.DataFrame:
+    r"""One row per (method, setting, profile, updates): every metric as mean ± sd over its seeds."""
+    groups: dict[tuple, list[Record]] = {}
+    for record in read_all(dataset, folder):
+        e = record["experiment"]
+        changed = record["name"].split(f"-s{e['seed']}")[1]  # a hash where --set changed something
+        groups.setdefault((e["method"], e["setting"] + changed, e["profile"], e["updates"]), []).append(record)
+    rows = []
+    for (method, setting, profile, updates), runs in groups.items():
+        row = {"method": method, "setting": setting, "profile": profile, "updates": updates, "seeds": len(runs)}
+        finished = [run["metrics"] for run in runs if run["status"] == "done"]
+        for metric, (heading, decimals) in COLUMNS.items():
+            values = [m[metric]["value"] for m in finished if math.isfinite(m[metric]["value"])]
+            row[heading] = spread(values, decimals) if values else "diverged"
+        row["minutes"] = round(statistics.mean(run["seconds"] for run in runs) / 60, 1)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def table(dataset: str, folder: Path | None = None) -> pd.DataFrame:
+    r"""The papers' rows, and behind each the records of the same method, or "not run" and why."""
+    ours = our_rows(dataset, folder)
+    rows = []
+    for printed in papers(dataset, folder):
+        key = printed.get("ours")
+        row = {"method": printed["method"], "source": printed["source"]}
+        row |= {f"paper {name}": printed.get(name, "") for name in ("NLL", "score")}
+        match = ours[ours["method"] == key] if key and len(ours) else ours[:0]
+        for _, run in match.iterrows():
+            ours_is = {"ours": f"{run['setting']}, {run['profile']}"}
+            rows.append(row | ours_is | run.drop(["method", "setting", "profile"]).to_dict())
+        if not len(match):
+            reason = f"not run: svae run {dataset} {key} --profile cpu" if key else f"not run: {printed['reason']}"
+            rows.append(row | {"ours": reason})
+    return pd.DataFrame(rows).fillna("")
