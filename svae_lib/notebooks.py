@@ -11,9 +11,11 @@ import ast
 import hashlib
 import importlib.metadata
 import importlib.resources
+import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -23,16 +25,19 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from svae_lib import __version__
 from svae_lib.device import choose_device, describe
 from svae_lib.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-PRINTED_VERSIONS = ("svae-book", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "matplotlib", "pandas")
+CHOICES = re.compile(r"\w+(, \w+)* or \w+")  # the comment of a parameter that has a few allowed values
+PRINTED_VERSIONS = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "matplotlib", "pandas")
 
 
 def versions() -> dict[str, str]:
     r"""The versions of Python and of the packages that decide a chapter's outputs."""
-    return {"Python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PRINTED_VERSIONS}
+    packages = {name: importlib.metadata.version(name) for name in PRINTED_VERSIONS}
+    return {"Python": platform.python_version(), "svae-book": __version__, **packages}
 
 
 def footer(profile: str, seed: int, **parameters: Any) -> None:
@@ -50,14 +55,16 @@ def footer(profile: str, seed: int, **parameters: Any) -> None:
         print(line.replace("\xa0", " "))
 
 
-# Chapters and their parameters
+def _need(module: str, extra: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"this needs the package {module}; install it with: pip install -e '.[{extra}]'")
 
 
 def chapters(root: Path = ROOT) -> list[Path]:
     r"""The book's notebooks in order of their numbers."""
     found = sorted((root / "notebooks").glob("[0-9]*_*.ipynb"))
     if not found:
-        raise UserError(f"there are no chapters in {root / 'notebooks'}; install the book from a clone (pip install -e .)")
+        raise UserError(f"there are no chapters in {root / 'notebooks'}; install from a clone with pip install -e .")
     return found
 
 
@@ -76,79 +83,75 @@ def find_chapter(name: str, root: Path = ROOT) -> Path:
 def check_parameters(path: Path, params: dict[str, Any]) -> dict[str, Any]:
     r"""The parameters with the types that the chapter declares; text is converted, as it comes from a shell.
 
-    Raises UserError for a name that the chapter does not have and for a value of the wrong type.
+    Raises UserError for a name that the chapter does not have, for a value of the wrong type, and for one
+    that is not among those listed in the declaration: `profile: str = "quick"  # quick, cpu or paper`.
     """
-    import papermill
+    _need("papermill", "notebooks")
+    from papermill import inspect_notebook
 
-    known = {name: spec["inferred_type_name"] for name, spec in papermill.inspect_notebook(path).items()}
-    listing = ", ".join(f"{name} ({kind})" for name, kind in known.items()) or "none"
+    known = inspect_notebook(path)
     checked = {}
     for name, value in params.items():
         if name not in known:
+            listing = ", ".join(f"{key} ({spec['inferred_type_name']})" for key, spec in known.items()) or "none"
             raise UserError(f"chapter {path.stem} has no parameter '{name}'; it has {listing}")
+        kind, comment = known[name]["inferred_type_name"], known[name]["help"]
         try:
-            checked[name] = _convert(value, known[name])
+            checked[name] = _convert(value, kind, comment)
         except (ValueError, KeyError):
-            raise UserError(f"parameter '{name}' of chapter {path.stem} must be {known[name]}, not '{value}'") from None
+            wanted = f"{kind} ({comment})" if comment else kind
+            raise UserError(f"parameter '{name}' of chapter {path.stem} must be {wanted}, not '{value}'") from None
     return checked
 
 
-def _convert(value: Any, kind: str) -> Any:
+def _convert(value: Any, kind: str, comment: str) -> Any:
     if isinstance(value, str) and kind != "str":
-        return {"int": int, "float": float, "bool": {"true": True, "false": False}.__getitem__}[kind](value.lower())
+        value = {"int": int, "float": float, "bool": {"true": True, "false": False}.__getitem__}[kind](value.lower())
     if kind == "float" and type(value) is int:
-        return float(value)
-    if type(value).__name__ != kind:
+        value = float(value)
+    if type(value).__name__ != kind or CHOICES.fullmatch(comment) and value not in re.split(", | or ", comment):
         raise ValueError
     return value
 
 
 def run_chapter(
-    name: str, params: dict[str, Any] | None = None, output: Path | str | None = None, *, root: Path = ROOT,
-    echo: bool = True,
+    name: str, params: dict[str, Any] | None = None, output: Path | None = None, root: Path = ROOT, echo: bool = True
 ) -> Path:
     r"""Execute a chapter and return the path of the executed copy; `echo` prints what its cells print.
 
     The parameters are checked before anything runs. If a cell fails, the cells up to it stay in
     `<output>.part.ipynb` and UserError names the cell; `output` itself is only ever a complete run.
     """
+    path = find_chapter(name, root)
+    params = check_parameters(path, params or {})
     import papermill
     from nbclient.exceptions import DeadKernelError
 
-    path = find_chapter(name, root)
-    params = check_parameters(path, params or {})
     label = "-".join([path.stem, *(f"{key}={value}" for key, value in params.items())]).replace("/", "_")
-    output = Path(output or root / "_build" / "runs" / f"{label}.ipynb")
+    output = output or root / "_build" / "runs" / f"{label}.ipynb"
     part = output.with_suffix(".part.ipynb")
     part.parent.mkdir(parents=True, exist_ok=True)
-    streams = {"stdout_file": sys.stdout, "stderr_file": sys.stderr} if echo else {}
+    options = {"kernel_name": "python3", "extra_arguments": ["--log-level=CRITICAL"], "progress_bar": False}
+    if echo:
+        options |= {"stdout_file": sys.stdout, "stderr_file": sys.stderr}
     try:
-        papermill.execute_notebook(
-            path, part, params, kernel_name="python3", cwd=path.parent, progress_bar=False,
-            extra_arguments=["--log-level=CRITICAL"], **streams,
-        )
+        papermill.execute_notebook(path, part, params, cwd=path.parent, **options)
     except papermill.PapermillExecutionError as error:
         message = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
-        raise UserError(
-            f"chapter {path.stem} failed in code cell [{error.exec_count}] with {message} (see {part})"
-        ) from None
+        why = f"failed in code cell [{error.exec_count}] with {message}"
     except DeadKernelError:
-        raise UserError(f"chapter {path.stem}: its Python process died, perhaps for lack of memory (see {part})") from None
-    os.replace(part, output)
-    return output
+        why = "lost its Python process, perhaps for lack of memory"
+    else:
+        os.replace(part, output)
+        return output
+    raise UserError(f"chapter {path.stem} {why}; its cells so far are in {part}")
 
 
-# Freshness
-
-
-def _read(path: Path) -> Any:
+def _read(path: Path) -> tuple[Any, list[Any]]:
     import nbformat
 
-    return nbformat.read(path, as_version=4)
-
-
-def _code_cells(notebook: Any) -> list[Any]:
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+    notebook = nbformat.read(path, as_version=4)
+    return notebook, [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def library_files(sources: Iterable[str], package: Path) -> set[Path]:
@@ -180,7 +183,7 @@ def fingerprint(chapter: Path) -> str:
     from IPython.core.inputtransformer2 import TransformerManager
 
     root = chapter.parent.parent
-    cells = [cell.source for cell in _code_cells(_read(chapter))]
+    cells = [cell.source for cell in _read(chapter)[1]]
     plain = map(TransformerManager().transform_cell, cells)  # without %magic lines
     files = library_files(plain, root / "svae_lib")
     if root / "svae_lib" / "records.py" in files:
@@ -191,26 +194,24 @@ def fingerprint(chapter: Path) -> str:
     return digest.hexdigest()
 
 
-def _copy(chapter: Path) -> Path:
+def executed(chapter: Path) -> Path:
+    r"""Where the executed copy of a chapter is; its fingerprint stands beside it."""
     return chapter.parent.parent / "_build" / "executed" / chapter.name
-
-
-def _stamp(chapter: Path) -> Path:
-    return _copy(chapter).with_suffix(".sha256")
 
 
 def is_stale(chapter: Path) -> bool:
     r"""Whether the executed copy of a chapter is missing or older than what it depends on."""
-    stamp = _stamp(chapter)
-    return not (_copy(chapter).exists() and stamp.exists() and stamp.read_text() == fingerprint(chapter))
+    stamp = executed(chapter).with_suffix(".sha256")
+    return not stamp.exists() or stamp.read_text() != fingerprint(chapter)
 
 
 def execute(chapter: Path) -> None:
     r"""Execute a chapter with its own parameters into the build folder and stamp the copy."""
+    stamp = executed(chapter).with_suffix(".sha256")
+    stamp.unlink(missing_ok=True)
     fresh = fingerprint(chapter)  # of what is about to run, not of what is there when it has run
-    _stamp(chapter).unlink(missing_ok=True)
-    run_chapter(chapter.stem, output=_copy(chapter), root=chapter.parent.parent, echo=False)
-    _stamp(chapter).write_text(fresh)
+    run_chapter(chapter.stem, output=executed(chapter), root=chapter.parent.parent, echo=False)
+    stamp.write_text(fresh)
 
 
 def refresh(root: Path = ROOT) -> None:
@@ -223,28 +224,24 @@ def refresh(root: Path = ROOT) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(cores // workers))
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a warning in the first cell otherwise
     print("Running", ", ".join(chapter.stem for chapter in stale), flush=True)
-    errors = []
+    failures = []
     with ProcessPoolExecutor(workers) as pool:
         jobs = {pool.submit(execute, chapter): chapter for chapter in stale}
         for job in as_completed(jobs):
-            if error := job.exception():
-                if not isinstance(error, UserError):
-                    raise error
-                errors.append(str(error))
-            else:
+            try:
+                job.result()
                 print(f"  {jobs[job].stem} done", flush=True)
-    if errors:
-        raise UserError("; ".join(errors))
+            except UserError as error:
+                failures.append(str(error))
+    if failures:
+        raise UserError("; ".join(failures))
 
 
 def with_outputs(chapter: Path) -> Any:
-    r"""The chapter as it stands, with the outputs of its executed copy and no trace of the execution."""
-    notebook = _read(chapter)
-    for cell, done in zip(_code_cells(notebook), _code_cells(_read(_copy(chapter))), strict=True):
+    r"""The chapter as it stands, with the outputs of its executed copy and nothing else from there."""
+    notebook, cells = _read(chapter)
+    for cell, done in zip(cells, _read(executed(chapter))[1], strict=True):
         cell.outputs, cell.execution_count = done.outputs, done.execution_count
-        for trace in ("papermill", "execution"):
-            cell.metadata.pop(trace, None)
-    notebook.metadata.pop("papermill", None)
     return notebook
 
 
@@ -264,9 +261,6 @@ def store(root: Path = ROOT) -> None:
         _write(with_outputs(chapter), chapter)
 
 
-# Pages
-
-
 def stage(root: Path = ROOT) -> Path:
     r"""Lay out everything that the pages are made of in `_build/source`, as in the repository, and return it.
 
@@ -281,17 +275,17 @@ def stage(root: Path = ROOT) -> Path:
     for chapter in chapters(root):
         staged = source / "notebooks" / chapter.name
         _write(with_outputs(chapter), staged)
-        changed = max(chapter.stat().st_mtime, _copy(chapter).stat().st_mtime)
+        changed = max(chapter.stat().st_mtime, executed(chapter).stat().st_mtime)
         os.utime(staged, (changed, changed))
-    mathjax = source / "book" / "_static" / "mathjax"  # one file of 2 MB out of a package of 24 MB
-    mathjax.mkdir()
-    with importlib.resources.as_file(importlib.resources.files("sphinx-mathjax-offline") / "static/mathjax") as static:
-        shutil.copy2(static / "tex-svg-full.js", mathjax)
+    mathjax = source / "book/_static/mathjax/tex-svg-full.js"  # one file of 2 MB out of a package of 24 MB
+    mathjax.parent.mkdir()
+    shutil.copy2(str(importlib.resources.files("sphinx-mathjax-offline") / "static/mathjax" / mathjax.name), mathjax)
     return source
 
 
 def build_book(root: Path = ROOT) -> Path:
     r"""Execute what is stale, build the pages with every warning an error, and return the page to open."""
+    _need("jupyter_book", "book")
     refresh(root)
     source = stage(root)
     program = "from jupyter_book.cli.main import main; main()"
