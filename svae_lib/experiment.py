@@ -45,7 +45,7 @@ class Evaluation:
 
 PROFILES: dict[str, dict[str, Any]] = {
     "quick": {"updates": 400, "log_every": 40, "score_samples": 300, "iw_samples": 500, "iw_images": 20},
-    "cpu": {"updates": 6_000, "precision": "bf16", "iw_images": 100},
+    "cpu": {"updates": 5_000, "precision": "bf16", "iw_images": 100},
     "paper": {"updates": 200_000, "log_every": 1_000, "precision": "bf16", "score_samples": 50_000},
 }
 
