@@ -51,7 +51,7 @@ def footer(profile: str, seed: int, **parameters: Any) -> None:
     }
     width = max(map(len, shown)) + 2
     for name, value in shown.items():
-        line = textwrap.fill(f"{name + ':':<{width}}{value}", 72, subsequent_indent=" " * width)
+        line = textwrap.fill(f"{name + ':':<{width}}{value}", 72, subsequent_indent=" " * width, break_on_hyphens=False)
         print(line.replace("\xa0", " "))
 
 
