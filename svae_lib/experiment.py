@@ -16,7 +16,7 @@ from svae_lib import data, methods, metrics, records
 from svae_lib.classifier import accuracy, load_classifier
 from svae_lib.device import choose_device, describe
 from svae_lib.errors import UserError
-from svae_lib.nets import A1Critic, A1Decoder, A1Encoder, init_xavier
+from svae_lib.nets import NORMS, POOLS, A1Critic, A1Decoder, A1Encoder, init_xavier
 from svae_lib.train import Diverged, Trainer, Training
 
 
@@ -27,11 +27,22 @@ class Nets:
     z_dim: int = 64
     hidden: int = 128  # width of every "MLP": unstated
     norm: str = "batch"
-    dropout: float = 0.2  # stated without a rate (S §6)
+    dropout: float = 0.0  # in encoder and decoder
     critic_norm: str = "batch"
-    critic_dropout: float = 0.2
+    critic_dropout: float = 0.2  # "dropout", without a rate or a place (S §6); ALI has it in the critic
     critic_pool: str = "average"
     instance_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, known in (("norm", NORMS), ("critic_norm", NORMS), ("critic_pool", POOLS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, not '{getattr(self, name)}'")
+        for name in ("dropout", "critic_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+        for name in ("z_dim", "hidden"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be positive, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ PROFILES: dict[str, dict[str, Any]] = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "literal": {},
     "stabilised": {
-        "dropout": 0.0, "critic_dropout": 0.0, "critic_norm": "none", "critic_pool": "none",
+        "critic_dropout": 0.0, "critic_norm": "none", "critic_pool": "none",
         "instance_noise": 0.1, "penalty": 0.05, "lr": 5e-4, "critic_lr": 5e-4, "beta1": 0.5, "ema": 0.999,
     },
 }  # fmt: skip

@@ -141,10 +141,13 @@ def svae_exact(d: Draws) -> Tensor:
     )
 
 
-register(Method("vae", "variational autoencoder: maximise the evidence lower bound", "–", "S1", vae, critic=None))
-register(Method("svae", "symmetric VAE: raise the critic on encoder pairs, lower it on decoder pairs", "S10", "S14", svae))
-register(Method("svae-r", "symmetric VAE with λ times the reconstruction of x and of z", "S10", "S29", svae_r))
-register(Method("svae-exact", "the exact gradient of the symmetric KL: S14 plus its two missing halves", "S10", "S14 + halves", svae_exact))  # fmt: skip
+for row in (
+    Method("vae", "variational autoencoder: maximise the evidence lower bound", "–", "S1", vae, critic=None),
+    Method("svae", "symmetric VAE: raise the critic on encoder pairs, lower it on decoder pairs", "S10", "S14", svae),
+    Method("svae-r", "symmetric VAE with λ times the reconstruction of x and of z", "S10", "S29", svae_r),
+    Method("svae-exact", "exact gradient of −KL_s: S14 plus its two missing halves", "S10", "S14 + halves", svae_exact),
+):
+    register(row)
 
 
 def scores_and_slope(critic: nn.Module, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -122,11 +122,10 @@ def classifier_score(log_probs: Callable[[Tensor], Tensor], images: Tensor, spli
     x runs over the model's samples (A §5.1 prints q(x); erratum 5). Mean and standard deviation over
     `splits` equal parts. `log_probs` maps grey (B, C, H, W) to (B, classes). Source: Salimans et al. 2016.
     """
-    log_p = torch.cat([log_probs(x) for x in batches(images)]).double()
+    p = torch.cat([log_probs(x) for x in batches(images)]).double().exp()
     scores = []
-    for part in log_p.chunk(splits):
-        marginal = part.exp().mean(0)
-        divergence = (part.exp() * part - torch.special.xlogy(part.exp(), marginal)).sum(1)
-        scores.append(divergence.mean().exp())
+    for part in p.chunk(splits):
+        divergence = -torch.special.entr(part) - torch.special.xlogy(part, part.mean(0))
+        scores.append(divergence.sum(1).mean().exp())
     scores = torch.stack(scores)
-    return {"value": scores.mean().item(), "se": scores.std().item(), "n": len(images)}
+    return {"value": scores.mean().item(), "se": scores.std(correction=splits > 1).item(), "n": len(images)}

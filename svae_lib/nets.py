@@ -21,6 +21,8 @@ NORMS = {
     "none": nn.Identity,
 }
 
+POOLS = ("average", "none")
+
 
 def init_xavier(net: nn.Module) -> nn.Module:
     r"""Xavier-uniform weights and zero biases (paper S §6)."""

@@ -38,6 +38,15 @@ class Training:
     precision: str = "fp32"  # or bf16: autocast in training, never in evaluation
     log_every: int = 100
 
+    def __post_init__(self) -> None:
+        for name in ("updates", "batch", "critic_steps", "log_every", "lr", "critic_lr"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.precision not in ("fp32", "bf16"):
+            raise UserError(f"precision must be fp32 or bf16, not '{self.precision}'")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"ema must be at least 0 and below 1, not {self.ema}")
+
 
 class Diverged(UserError):
     r"""Training produced numbers that are not finite."""
@@ -61,10 +70,8 @@ class Trainer:
         seed: int,
         identity: str = "",
     ) -> None:
-        if training.precision not in ("fp32", "bf16"):
-            raise UserError(f"precision must be fp32 or bf16, not '{training.precision}'")
         self.model, self.method, self.training = model, method, training
-        self.data, self.held_out = data, held_out
+        self.data, self.held_out, self.seed = data, held_out, seed
         self.device = data.images.device
         self.identity, self.done, self.seconds = identity, 0, 0.0
         self.history: list[dict[str, float]] = []
@@ -73,7 +80,6 @@ class Trainer:
         self.average = None
         if training.ema:
             self.average = AveragedModel(model.players, multi_avg_fn=self._follow, use_buffers=True)
-        torch.manual_seed(seed)
 
     def _adam(self, net: torch.nn.Module, lr: float) -> torch.optim.Adam:
         fused = self.device.type != "mps"
@@ -146,6 +152,7 @@ class Trainer:
 
         `on_log` receives the diagnostics every `log_every` updates. Raises Diverged when they are not finite.
         """
+        torch.manual_seed(self.seed)
         if checkpoint is not None and checkpoint.exists():
             self.load_state(read_checkpoint(checkpoint))
         nets = [net for net in (self.model.players, self.model.critic) if net is not None]

@@ -1,0 +1,132 @@
+"""Experiments, records and the command line, as a user meets them."""
+
+import json
+
+import pytest
+import torch
+
+from svae_lib import cli, data, experiment, records
+from svae_lib.errors import UserError
+from svae_lib.experiment import Experiment
+
+SMALL = ["--set", "updates=6", "--set", "batch=8", "--set", "score_samples=40", "--set", "iw_samples=4"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """A cache of the tests' own, with an untrained classifier: its training is tested elsewhere."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    uniform = torch.full((10,), 0.1).log()
+    monkeypatch.setattr(experiment, "load_classifier", lambda dataset, device: lambda x: uniform.expand(len(x), 10))
+    monkeypatch.setattr(experiment, "accuracy", lambda net, split: 0.1)
+
+
+def test_profile_then_setting_then_changes():
+    made = Experiment.make("digits", "svae-r", "cpu", "stabilised", 3, updates="7", penalty=1)
+    assert (made.training.updates, made.training.precision, made.training.penalty) == (7, "bf16", 1.0)
+    assert made.nets.critic_pool == "none" and made.seed == 3
+
+
+def test_names_are_readable_and_tell_changes_apart():
+    plain, changed = Experiment.make("digits", "vae"), Experiment.make("digits", "vae", lr=0.5)
+    assert plain.name == "digits-vae-literal-quick-s0"
+    assert changed.name.startswith(plain.name + "-") and changed.name != Experiment.make("digits", "vae", lr=0.4).name
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["run", "mnits", "vae"], "unknown dataset 'mnits'; choose one of: digits"),
+        (["run", "digits", "gnu"], "unknown method 'gnu'; choose one of: vae"),
+        (["run", "digits", "vae", "--profile", "fast"], "unknown profile 'fast'; choose one of: quick"),
+        (["run", "digits", "vae", "--setting", "best"], "unknown setting 'best'; choose one of: literal"),
+        (["run", "digits", "vae", "--set", "lrr=1"], "unknown key 'lrr'; choose one of: z_dim"),
+        (["run", "digits", "vae", "--set", "updates=many"], "updates must be of type int, not 'many'"),
+        (["run", "digits", "vae", "--set", "updates"], "--set wants KEY=VALUE"),
+        (["run", "digits", "vae", "--device", "tpu"], "device 'tpu' is not available here"),
+        (["run", "patches32", "vae", "--set", "batch=0"], "batch must be positive"),
+        (["run", "digits", "vae", "--set", "critic_pool=max"], "critic_pool must be one of average, none"),
+        (["run", "digits", "vae", "--set", "dropout=1"], "dropout must be at least 0 and below 1"),
+        (["table", "digits"], "the papers print no table for 'digits'"),
+        (["data", "imagenet"], "unknown dataset 'imagenet'"),
+    ],
+)
+def test_a_users_error_is_one_sentence(arguments, message, capsys, tmp_path):
+    extra = ["--results", str(tmp_path)] if arguments[0] == "run" else []
+    assert cli.main(arguments + extra) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err and captured.err.count("\n") == 1
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_run_writes_one_record_and_does_not_repeat_it(tmp_path, capsys):
+    command = ["run", "digits", "svae-r", *SMALL, "--results", str(tmp_path)]
+    assert cli.main(command) == 0
+    (path,) = tmp_path.rglob("*.json")
+    record = json.loads(path.read_text())
+    assert record["status"] == "done" and record["experiment"]["updates"] == 6
+    assert set(records.COLUMNS) <= set(record["metrics"]) and "score" in record["real_data"]
+    assert {p.name.split(".")[1] for p in tmp_path.rglob("*.png")} == {"samples", "reconstructions"}
+    written = path.stat().st_mtime_ns
+    assert cli.main(command) == 0 and path.stat().st_mtime_ns == written
+    assert "elbo_grey" in capsys.readouterr().out
+
+
+def test_a_diverged_run_leaves_an_honest_record(tmp_path, capsys):
+    assert cli.main(["run", "digits", "svae", *SMALL, "--set", "lr=1e30", "--results", str(tmp_path)]) == 0
+    (path,) = tmp_path.rglob("*.json")
+    assert json.loads(path.read_text())["status"] == "diverged"
+    assert "diverged at update" in capsys.readouterr().out
+
+
+def test_a_damaged_record_is_refused(tmp_path):
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "digits-vae-literal-quick-s0.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged; delete it"):
+        experiment.run(Experiment.make("digits", "vae"), "cpu", tmp_path)
+
+
+def fake(folder, method, seed, value, status="done"):
+    made = Experiment.make("mnist", method, "cpu", "literal", seed)
+    metrics = {name: {"value": value, "se": 0.0, "n": 1} for name in records.COLUMNS}
+    record = {"name": made.name, "experiment": made.flat(), "status": status, "seconds": 60.0}
+    records.write(folder, record | {"metrics": metrics if status == "done" else {}})
+
+
+def test_table_is_made_from_records_alone(tmp_path):
+    (tmp_path / "papers.json").write_text((records.results_folder() / "papers.json").read_text())
+    fake(tmp_path, "svae", 0, 100.0)
+    fake(tmp_path, "svae", 1, 104.0)
+    fake(tmp_path, "svae-r", 0, 1.0, "diverged")
+    table = records.table("mnist", tmp_path).set_index("method")
+    assert table.loc["sVAE", "ELBO, grey"] == "102.0 ± 2.8" and table.loc["sVAE", "seeds"] == 2
+    assert table.loc["sVAE-r", "score"] == "diverged"
+    assert table.loc["GAN", "ours"].startswith("not run: ")
+    for path in (tmp_path / "mnist").glob("mnist-svae-literal*"):
+        path.unlink()
+    table = records.table("mnist", tmp_path).set_index("method")
+    assert table.loc["sVAE", "ours"].startswith("not run: svae run mnist svae")
+
+
+def test_methods_lists_every_method(capsys):
+    assert cli.main(["methods"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in ("vae", "svae", "svae-r", "svae-exact", "S14", "S29"))
+
+
+def test_data_says_where(capsys):
+    assert cli.main(["data", "digits"]) == 0
+    assert "1197 train" in capsys.readouterr().out
+
+
+def test_a1_nets_refuse_odd_sizes():
+    with pytest.raises(UserError, match="divisible by 4"):
+        experiment.build_model(Experiment.make("digits", "vae"), (1, 9, 8))
+
+
+def test_initial_weights_follow_the_seed():
+    shape = data.load("digits").shape
+    first, again = (experiment.build_model(Experiment.make("digits", "svae"), shape) for _ in range(2))
+    for a, b in zip(first.players.parameters(), again.players.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,112 @@
+"""Metrics against closed forms, brute force and torch's own distributions."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from svae_lib import metrics
+from svae_lib.densities import BernoulliImage, DiagonalGaussian
+
+
+class BernoulliPixel(nn.Module):
+    """p(x = 1 | z) = σ(a z + b) for one pixel and one code."""
+
+    def forward(self, z):
+        return BernoulliImage((2.0 * z - 0.5).view(-1, 1, 1, 1))
+
+
+class Guess(nn.Module):
+    """q(z|x) = N(0.3 (2x − 1), 1.1²): not the posterior."""
+
+    def forward(self, x):
+        mean = 0.3 * (2 * x.flatten(1) - 1)
+        return DiagonalGaussian(mean, torch.full_like(mean, 2 * math.log(1.1)))
+
+
+def exact_log_p(x):
+    z = torch.linspace(-12, 12, 20_001, dtype=torch.float64)
+    density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
+    p_one = (density * (2.0 * z - 0.5).sigmoid()).sum() * (z[1] - z[0])
+    return (p_one if x else 1 - p_one).log().item()
+
+
+@pytest.mark.parametrize("x", [0.0, 1.0])
+def test_importance_weighted_bound_approaches_the_nll_from_above(x):
+    torch.manual_seed(0)
+    image = torch.full((400, 1, 1, 1), x)
+    loose = metrics.importance_weighted_nll(Guess(), BernoulliPixel(), image, 1)
+    tight = metrics.importance_weighted_nll(Guess(), BernoulliPixel(), image, 1000)
+    truth = -exact_log_p(x)
+    assert loose.mean() > truth + 0.01
+    assert abs(tight.mean() - truth) < 4 * tight.std() / 20 + 1e-3
+
+
+def test_chunks_do_not_change_the_bound():
+    image = torch.ones(3, 1, 1, 1)
+    values = []
+    for chunk in (64, 1000):
+        torch.manual_seed(1)
+        values.append(metrics.importance_weighted_nll(Guess(), BernoulliPixel(), image[:1], 64, chunk))
+    assert_close(*values)
+
+
+def test_elbo_parts_are_the_terms_of_S1():
+    images = torch.randint(0, 256, (500, 1, 1, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    distortion, rate = metrics.elbo_parts(Guess(), BernoulliPixel(), images, dynamic=False)
+    grey = (images / 255).flatten()
+    truth = -(grey * exact_log_p(1) + (1 - grey) * exact_log_p(0))
+    assert (distortion + rate).mean() > truth.mean()
+    mean = 0.3 * (2 * grey - 1)
+    assert_close(rate, 0.5 * (mean.square() + 1.21 - 1 - math.log(1.21)), atol=1e-5, rtol=1e-5)
+
+
+def test_grey_elbo_is_the_mean_of_binary_elbos():
+    """Averaging log p(b|z) over binarisations b of x gives the cross-entropy of x: the protocol of A §5.1."""
+    logits, x = torch.tensor([[0.7, -1.2]]), torch.tensor([[0.25, 0.9]])
+    mean = 0.0
+    for b in ([0, 0], [0, 1], [1, 0], [1, 1]):
+        b = torch.tensor([b], dtype=torch.float32)
+        mean += (x * b + (1 - x) * (1 - b)).prod() * BernoulliImage(logits).log_prob(b)
+    assert_close(BernoulliImage(logits).log_prob(x), mean)
+
+
+class Shift(nn.Module):
+    def forward(self, x):
+        return DiagonalGaussian(x.flatten(1), torch.zeros_like(x.flatten(1)))
+
+
+class Plus(nn.Module):
+    """A decoder whose mean misses every pixel by 0.1."""
+
+    def forward(self, z):
+        return BernoulliImage(torch.logit(z + 0.1).view(-1, 1, 2, 2))
+
+
+def test_reconstruction_error_in_both_units():
+    images = torch.randint(50, 200, (20, 1, 2, 2), dtype=torch.uint8)
+    error = metrics.reconstruction_error(Shift(), Plus(), images)
+    assert error["rmse_grey"]["value"] == pytest.approx(25.5, abs=0.01)
+    assert error["l2"]["value"] == pytest.approx(0.1 * 2, abs=1e-4)  # √4 pixels
+
+
+def score(p):
+    """The score of a table of class probabilities, one row an image."""
+    table = torch.tensor(p).log()
+    lookup = iter(table.split(250))
+    return metrics.classifier_score(lambda x: next(lookup), torch.zeros(len(p), 1, 1, 1, dtype=torch.uint8), 1)["value"]
+
+
+def test_classifier_score_by_hand():
+    assert score([[0.98, 0.01, 0.01], [0.01, 0.98, 0.01], [0.01, 0.01, 0.98]]) == pytest.approx(
+        3 * math.exp(0.98 * math.log(0.98) + 0.02 * math.log(0.01)), rel=1e-6
+    )
+    assert score([[0.2, 0.8], [0.2, 0.8]]) == pytest.approx(1.0)  # one mode
+    assert score([[0.5, 0.5], [0.5, 0.5]]) == pytest.approx(1.0)  # ambiguous
+
+
+def test_classifier_score_survives_certainty():
+    assert score([[1.0, 0.0], [0.0, 1.0]]) == pytest.approx(2.0)
