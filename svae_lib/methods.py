@@ -141,11 +141,17 @@ def svae_exact(d: Draws) -> Tensor:
     )
 
 
+def svae_elbo(d: Draws) -> Tensor:
+    r"""The exact gradient of −KL_s with its L_x half in closed form (S1): the critic is left with L_z (S13)."""
+    return vae(d) + objectives.l_z(d.f_p, d.log_q_z_given_x_detached)
+
+
 for row in (
     Method("vae", "variational autoencoder: maximise the evidence lower bound", "–", "S1", vae, critic=None),
     Method("svae", "symmetric VAE: raise the critic on encoder pairs, lower it on decoder pairs", "S10", "S14", svae),
     Method("svae-r", "symmetric VAE with λ times the reconstruction of x and of z", "S10", "S29", svae_r),
     Method("svae-exact", "exact gradient of −KL_s: S14 plus its two missing halves", "S10", "S14 + halves", svae_exact),
+    Method("svae-elbo", "the same gradient, L_x in closed form, a critic for L_z", "S10", "S1 + S13", svae_elbo),
 ):
     register(row)
 

@@ -45,3 +45,12 @@ def symmetric_with_reconstruction(
     """
     reconstruction = log_p_x_given_z.mean() + log_q_z_given_x.mean()
     return symmetric(f_q, f_p) + weight * reconstruction
+
+
+def l_z(f_p: Tensor, log_q_z_given_x: Tensor) -> Tensor:
+    r"""S13 with the half of its gradient that a frozen critic misses: −E_pθ[f_ψ − log q_φ(z|x)].
+
+    `log_q_z_given_x` is taken on decoder pairs at *detached* draws. At ψ = ψ* the gradient is then that of
+    L_z = −KL(p_θ ‖ q_φ) + C_z in θ (through f) and in φ (through log q_φ).
+    """
+    return log_q_z_given_x.mean() - f_p.mean()

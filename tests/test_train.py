@@ -81,7 +81,7 @@ def test_each_step_moves_one_player_only(digits):
     assert all(p.requires_grad and (p.grad is not None) for p in t.model.critic.parameters())
 
 
-@pytest.mark.parametrize("method", ["vae", "svae", "svae-r", "svae-exact"])
+@pytest.mark.parametrize("method", ["vae", "svae", "svae-r", "svae-exact", "svae-elbo"])
 def test_every_player_parameter_gets_a_gradient(digits, method):
     t = trainer(digits, method)
     t.update()
