@@ -55,8 +55,8 @@ class Evaluation:
 
 
 PROFILES: dict[str, dict[str, Any]] = {
-    "quick": {"updates": 400, "log_every": 40, "score_samples": 300, "iw_samples": 500, "iw_images": 20},
-    "cpu": {"updates": 4_000, "precision": "bf16", "iw_images": 50},
+    "quick": {"updates": 600, "log_every": 40, "score_samples": 300, "iw_samples": 500, "iw_images": 20},
+    "cpu": {"updates": 2_500, "precision": "bf16", "iw_images": 50},
     "paper": {"updates": 200_000, "log_every": 1_000, "precision": "bf16", "score_samples": 50_000},
 }
 
@@ -66,7 +66,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "literal": {},
     "stabilised": {
         "critic_dropout": 0.0, "critic_norm": "none", "critic_pool": "none",
-        "instance_noise": 0.1, "penalty": 0.01, "lr": 3e-4, "critic_lr": 3e-4, "beta1": 0.5, "ema": 0.999,
+        "instance_noise": 0.1, "penalty": 0.01, "lr": 3e-4, "critic_lr": 3e-4, "beta1": 0.5, "ema": 0.995,
     },
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
@@ -158,3 +158,17 @@ def _panel(figure: SubFigure, title: str, joints: Joints, eps: float) -> Axes:
     for ax in (above, beside, corner):
         ax.axis("off")
     return corner
+
+
+def image_grid(ax: Axes, images: Tensor, columns: int, row_labels: Sequence[str] = ()) -> None:
+    r"""Draw images (N, C, H, W) in [0, 1] row by row, `columns` to a row; a label for each row if given."""
+    import svae_lib._torchvision  # noqa: F401, I001  (must come before torchvision)
+    from torchvision.utils import make_grid
+
+    grid = make_grid(images.cpu(), nrow=columns, padding=1, pad_value=1.0)
+    ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+    for side in ("left", "bottom"):
+        ax.spines[side].set_visible(False)
+    height = images.shape[2] + 1
+    ax.set(xticks=[], yticks=[height * (row + 0.5) for row in range(len(row_labels))], yticklabels=row_labels)
+    ax.tick_params(length=0)

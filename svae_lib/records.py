@@ -148,4 +148,6 @@ def table(dataset: str, folder: Path | None = None) -> pd.DataFrame:
         if not len(match):
             reason = f"not run: svae run {dataset} {key} --profile cpu" if key else f"not run: {printed['reason']}"
             rows.append(row | {"ours": reason})
-    return pd.DataFrame(rows).fillna("")
+    measured = ["updates", "seeds", *(heading for heading, _ in COLUMNS.values()), "minutes"]
+    columns = ["method", "source", "paper NLL", "paper score", "ours", *measured]
+    return pd.DataFrame(rows, columns=columns, dtype=object).fillna("")
