@@ -92,10 +92,14 @@ class Experiment:
 
         Raises UserError for an unknown dataset, method, profile, setting or key, or a value of the wrong type.
         """
-        for name, known in (("dataset", data.DATASETS), ("profile", PROFILES), ("setting", SETTINGS)):
-            if locals()[name] not in known:
-                raise UserError(f"unknown {name} '{locals()[name]}'; choose one of: {', '.join(known)}")
-        methods.find(method)
+        for kind, name, known in (
+            ("dataset", dataset, data.DATASETS),
+            ("method", method, methods.METHODS),
+            ("profile", profile, PROFILES),
+            ("setting", setting, SETTINGS),
+        ):
+            if name not in known:
+                raise UserError(f"unknown {kind} '{name}'; choose one of: {', '.join(known)}")
         experiment = Experiment(dataset, method, profile, setting, seed)
         for key, value in (PROFILES[profile] | SETTINGS[setting] | changes).items():
             experiment = experiment._with(key, value)
@@ -118,11 +122,15 @@ class Experiment:
     def name(self) -> str:
         r"""dataset-method-setting-profile-sSEED, with a hash of what differs from the named defaults."""
         stem = f"{self.dataset}-{self.method}-{self.setting}-{self.profile}-s{self.seed}"
-        named = Experiment.make(self.dataset, self.method, self.profile, self.setting, self.seed)
-        if self == named:
+        if not self.changes:
             return stem
-        changed = sorted(set(self.flat().items()) - set(named.flat().items()))
-        return f"{stem}-{hashlib.sha256(json.dumps(changed).encode()).hexdigest()[:6]}"
+        return f"{stem}-{hashlib.sha256(json.dumps(sorted(self.changes.items())).encode()).hexdigest()[:6]}"
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        r"""What differs from the named profile and setting."""
+        named = Experiment.make(self.dataset, self.method, self.profile, self.setting, self.seed).flat()
+        return {key: value for key, value in self.flat().items() if value != named[key]}
 
 
 def keys() -> list[str]:
@@ -148,7 +156,7 @@ def build_model(experiment: Experiment, shape: tuple[int, int, int]) -> methods.
     encoder = A1Encoder(shape, nets.z_dim, nets.hidden, nets.norm, nets.dropout)
     decoder = A1Decoder(shape, nets.z_dim, nets.hidden, nets.norm, nets.dropout)
     critic: nn.Module | None = None
-    if methods.find(experiment.method).critic is not None:
+    if methods.METHODS[experiment.method].critic is not None:
         critic = A1Critic(
             shape, nets.z_dim, nets.hidden, nets.critic_norm, nets.critic_dropout, nets.critic_pool, nets.instance_noise
         )
@@ -162,7 +170,7 @@ def prepare(experiment: Experiment, dataset: data.Dataset, device: torch.device)
     for net in (model.encoder, model.decoder, model.critic):
         if net is not None:
             net.to(device, memory_format=torch.channels_last)
-    method, identity = methods.find(experiment.method), json.dumps(experiment.flat())
+    method, identity = methods.METHODS[experiment.method], json.dumps(experiment.flat())
     split, held_out = dataset.train.to(device), dataset.validation.to(device)
     return Trainer(model, method, experiment.training, split, held_out, experiment.seed, identity)
 
@@ -210,7 +218,7 @@ def run(
     chosen = choose_device(device)
     dataset = data.load(experiment.dataset)
     trainer = prepare(experiment, dataset, chosen)
-    record = {"name": experiment.name, "status": "done", "experiment": experiment.flat()}
+    record = {"name": experiment.name, "status": "done", "experiment": experiment.flat(), "changes": experiment.changes}
     try:
         trainer.fit(data.cache() / "runs" / f"{experiment.name}.pt", on_log)
         record["metrics"] = evaluate(experiment, trainer, dataset)

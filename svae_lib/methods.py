@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from svae_lib import objectives
 from svae_lib.densities import DiagonalGaussian
-from svae_lib.errors import UserError
 
 
 @dataclass
@@ -108,13 +107,6 @@ def register(method: Method) -> Method:
     r"""Add a method to the registry under its name."""
     METHODS[method.name] = method
     return method
-
-
-def find(name: str) -> Method:
-    r"""The method called `name`. Raises UserError with the known names otherwise."""
-    if name not in METHODS:
-        raise UserError(f"unknown method '{name}'; choose one of: {', '.join(METHODS)}")
-    return METHODS[name]
 
 
 def vae(d: Draws) -> Tensor:

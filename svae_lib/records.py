@@ -119,8 +119,8 @@ def our_rows(dataset: str, folder: Path | None = None) -> pd.DataFrame:
     groups: dict[tuple, list[Record]] = {}
     for record in read_all(dataset, folder):
         e = record["experiment"]
-        changed = record["name"].split(f"-s{e['seed']}")[1]  # a hash where --set changed something
-        groups.setdefault((e["method"], e["setting"] + changed, e["profile"], e["updates"]), []).append(record)
+        setting = " ".join([e["setting"], *(f"{key}={value}" for key, value in record["changes"].items())])
+        groups.setdefault((e["method"], setting, e["profile"], e["updates"]), []).append(record)
     rows = []
     for (method, setting, profile, updates), runs in groups.items():
         row = {"method": method, "setting": setting, "profile": profile, "updates": updates, "seeds": len(runs)}

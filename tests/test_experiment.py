@@ -90,7 +90,7 @@ def test_a_damaged_record_is_refused(tmp_path):
 def fake(folder, method, seed, value, status="done"):
     made = Experiment.make("mnist", method, "cpu", "literal", seed)
     metrics = {name: {"value": value, "se": 0.0, "n": 1} for name in records.COLUMNS}
-    record = {"name": made.name, "experiment": made.flat(), "status": status, "seconds": 60.0}
+    record = {"name": made.name, "experiment": made.flat(), "changes": {}, "status": status, "seconds": 60.0}
     records.write(folder, record | {"metrics": metrics if status == "done" else {}})
 
 
