@@ -2,7 +2,8 @@ r"""What is reported: bounds on the NLL, reconstruction error, and the score of 
 
 A metric is a dictionary {"value", "se", "n"}: the mean over n images and its standard error
 (for the classifier score: mean and standard deviation over splits, as is customary).
-Everything runs in eval mode, without gradients, in fp32, on the device of the images.
+Everything runs in eval mode, without gradients, in fp32, on the device of the images;
+only the last averages are taken in float64, on the CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Metric = dict[str, float]
 
 def summary(values: Tensor) -> Metric:
     r"""Mean, standard error and count of one number per image."""
-    values = values.double()
+    values = values.cpu().double()
     return {"value": values.mean().item(), "se": values.std().item() / math.sqrt(len(values)), "n": len(values)}
 
 
@@ -122,7 +123,7 @@ def classifier_score(log_probs: Callable[[Tensor], Tensor], images: Tensor, spli
     x runs over the model's samples (A §5.1 prints q(x); erratum 5). Mean and standard deviation over
     `splits` equal parts. `log_probs` maps grey (B, C, H, W) to (B, classes). Source: Salimans et al. 2016.
     """
-    p = torch.cat([log_probs(x) for x in batches(images)]).double().exp()
+    p = torch.cat([log_probs(x) for x in batches(images)]).cpu().double().exp()
     scores = []
     for part in p.chunk(splits):
         divergence = -torch.special.entr(part) - torch.special.xlogy(part, part.mean(0))
