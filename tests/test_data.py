@@ -82,8 +82,7 @@ def test_root_is_decided_by_the_environment(monkeypatch):
 
 
 def test_torchvision_imports_after_the_cure():
+    import svae_lib._torchvision  # noqa: F401, I001  (must come before torchvision)
     import torchvision
-
-    import svae_lib._torchvision  # noqa: F401
 
     assert torchvision.datasets.MNIST
