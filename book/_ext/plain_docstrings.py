@@ -1,6 +1,5 @@
-r"""Docstrings are plain text with mathematics in it: their bars and stars are not markup.
-
-Signatures name types without their modules.
+r"""Docstrings are plain text with mathematics in it: their bars and stars are not markup, and indented
+paragraphs keep their layout. Signatures name types without their modules.
 """
 
 import re
@@ -10,11 +9,20 @@ from sphinx.application import Sphinx
 CODE_OR_MARK = re.compile(r"(`+[^`]+`+)|([|*])")
 
 
-def escape_marks(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    lines[:] = [CODE_OR_MARK.sub(lambda found: found[1] or "\\" + found[2], line) for line in lines]
+def plain_text(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    plain, before = [], ""
+    for line in lines:
+        if not line.startswith("    "):
+            plain.append(CODE_OR_MARK.sub(lambda found: found[1] or "\\" + found[2], line))
+        elif before:
+            plain.append(line)
+        else:
+            plain += ["::", "", line]
+        before = line
+    lines[:] = plain
 
 
-def shorten_names(
+def short_names(
     app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None] | None:
     if signature and "[[" in signature:  # Callable[[...], ...], which Sphinx would print with full names
@@ -23,6 +31,6 @@ def shorten_names(
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    app.connect("autodoc-process-docstring", escape_marks)
-    app.connect("autodoc-process-signature", shorten_names)
+    app.connect("autodoc-process-docstring", plain_text)
+    app.connect("autodoc-process-signature", short_names)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
