@@ -123,7 +123,9 @@ class Family(nn.Module):
 
 def minimise(loss: Callable[[], Tensor], parameters: Iterable[Tensor], steps: int = 400) -> float:
     r"""Minimise an exact loss in place with L-BFGS; returns the value reached."""
-    optimiser = torch.optim.LBFGS(list(parameters), max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(
+        list(parameters), max_iter=steps, history_size=20, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimiser.zero_grad()
@@ -136,9 +138,7 @@ def minimise(loss: Callable[[], Tensor], parameters: Iterable[Tensor], steps: in
 
 
 def fit(goal: Callable[[Joints], Tensor], x: Tensor, z: Tensor, q_x: Tensor, slope: float, starts: int = 6) -> Joints:
-    r"""Maximise `Joints.L_x`, `Joints.L_z` or `Joints.L_xz` over a `Family`, the best of several starts.
-
-    z and −z name the same solution; the one whose decoder climbs is returned."""
+    r"""The best of several maximisations of `Joints.L_x`, `L_z` or `L_xz`; of ±z the one whose decoder climbs."""
     best, best_loss = None, math.inf
     for seed in range(starts):
         family = Family(x, z, q_x, slope, seed)

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.transforms import offset_copy
 from torch import Tensor
 
 from svae_lib.grid import Joints, support
@@ -85,13 +86,22 @@ def runs(inside: Tensor, at: Tensor) -> list[tuple[float, float]]:
     return intervals
 
 
-def support_bar(ax: Axes, at: Tensor, inside: Tensor, colour: str, level: float, vertical: bool = False) -> None:
-    r"""Draw a set of cells as thick bars; `level` is where across, in units of the axes' height (or width)."""
-    transform = ax.get_yaxis_transform() if vertical else ax.get_xaxis_transform()
+def support_bar(
+    ax: Axes, at: Tensor, inside: Tensor, colour: str, row: int, vertical: bool = False, label: str = ""
+) -> None:
+    r"""Draw a set of cells as thick bars outside the axes: below them, or to their left if `vertical`.
+
+    `row` 0 is next to the axes; `label` is written at the end of the row.
+    """
+    away = -6.5 - 9 * row  # points
+    along = ax.get_yaxis_transform() if vertical else ax.get_xaxis_transform()
+    transform = offset_copy(along, ax.figure, x=away * vertical, y=away * (not vertical), units="points")
     for start, length in runs(inside, at):
-        ends, across = [start, start + length], [level, level]
-        xy = (across, ends) if vertical else (ends, across)
+        ends = [start, start + length]
+        xy = ([0, 0], ends) if vertical else (ends, [0, 0])
         ax.plot(*xy, color=colour, lw=4, solid_capstyle="butt", transform=transform, clip_on=False)
+    if label:
+        ax.annotate(label, (1.02, 0), (0, away), "axes fraction", "offset points", va="center")
 
 
 def supports(worlds: Mapping[str, Joints], eps: float) -> Figure:
@@ -129,9 +139,9 @@ def _panel(figure: SubFigure, title: str, joints: Joints, eps: float) -> Axes:
     beside = figure.add_subplot(grid[1, 1], sharey=plane)
     corner = figure.add_subplot(grid[0, 1])
     in_x, in_z = {}, {}
-    for colour, joint, x_marginal, z_marginal, level in [
-        (P, joints.log_p, joints.p_x, joints.p_z, -0.17),
-        (Q, joints.log_q, joints.q_x, joints.q_z, -0.07),
+    for colour, joint, x_marginal, z_marginal, row in [
+        (P, joints.log_p, joints.p_x, joints.p_z, 1),
+        (Q, joints.log_q, joints.q_x, joints.q_z, 0),
     ]:
         edge = float(joint[support(joint, eps)].min())  # the support is where the joint exceeds this level
         plane.contourf(joints.x, joints.z, joint.T, levels=[edge, 0], colors=colour, alpha=0.3)
@@ -139,8 +149,8 @@ def _panel(figure: SubFigure, title: str, joints: Joints, eps: float) -> Axes:
         in_x[colour], in_z[colour] = support(x_marginal, eps), support(z_marginal, eps)
         density(above, joints.x, x_marginal, colour)
         density(beside, joints.z, z_marginal, colour, vertical=True)
-        support_bar(above, joints.x, in_x[colour], colour, level)
-        support_bar(beside, joints.z, in_z[colour], colour, level, vertical=True)
+        support_bar(above, joints.x, in_x[colour], colour, row)
+        support_bar(beside, joints.z, in_z[colour], colour, row, vertical=True)
     for colour, other in [(P, Q), (Q, P)]:
         for inside, at, span in [(in_x, joints.x, plane.axvspan), (in_z, joints.z, plane.axhspan)]:
             for start, length in runs(inside[colour] & ~inside[other], at):

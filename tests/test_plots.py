@@ -48,6 +48,15 @@ def test_density_has_the_height_of_a_density() -> None:
     assert right.lines[0].get_xdata().max() == pytest.approx(peak, rel=1e-3)
 
 
+@pytest.mark.parametrize("vertical", [False, True])
+def test_support_bars_span_the_set(vertical: bool) -> None:
+    _, ax = plt.subplots()
+    plots.support_bar(ax, X, X.abs() > 1, plots.Q, row=0, vertical=vertical, label="S")
+    spans = [line.get_ydata() if vertical else line.get_xdata() for line in ax.lines]
+    assert [list(span) for span in spans] == [pytest.approx([-4.1, -1.1]), pytest.approx([1.1, 4.1])]
+    assert [text.get_text() for text in ax.texts] == ["S"]
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_supports_draws_one_panel_per_world(n: int) -> None:
     plots.setup()
