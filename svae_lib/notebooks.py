@@ -137,7 +137,7 @@ def run_chapter(
     try:
         papermill.execute_notebook(path, part, params, cwd=path.parent, **options)
     except papermill.PapermillExecutionError as error:
-        message = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
+        message = ": ".join(filter(None, [error.ename, *error.evalue.splitlines()[:1]]))
         why = f"failed in code cell [{error.exec_count}] with {message}"
     except DeadKernelError:
         why = "lost its Python process, perhaps for lack of memory"
