@@ -30,7 +30,7 @@ from svae_lib.device import choose_device, describe
 from svae_lib.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-CHOICES = re.compile(r"\w+(, \w+)* or \w+")  # the comment of a parameter that has a few allowed values
+CHOICES = re.compile(r"(\w+(?:, \w+)* or \w+)(?::.*)?")  # the comment of a text that has a few allowed values
 PRINTED_VERSIONS = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "matplotlib", "pandas")
 
 
@@ -84,7 +84,7 @@ def check_parameters(path: Path, params: dict[str, Any]) -> dict[str, Any]:
     r"""The parameters with the types that the chapter declares; text is converted, as it comes from a shell.
 
     Raises UserError for a name that the chapter does not have, for a value of the wrong type, and for one
-    that is not among those listed in the declaration: `profile: str = "quick"  # quick, cpu or paper`.
+    that is not among those listed in the comment: `profile: str = "quick"  # quick, cpu or paper: budget`.
     """
     _need("papermill", "notebooks")
     from papermill import inspect_notebook
@@ -109,7 +109,8 @@ def _convert(value: Any, kind: str, comment: str) -> Any:
         value = {"int": int, "float": float, "bool": {"true": True, "false": False}.__getitem__}[kind](value.lower())
     if kind == "float" and type(value) is int:
         value = float(value)
-    if type(value).__name__ != kind or CHOICES.fullmatch(comment) and value not in re.split(", | or ", comment):
+    listed = CHOICES.fullmatch(comment) if kind == "str" else None
+    if type(value).__name__ != kind or listed and value not in re.split(", | or ", listed[1]):
         raise ValueError
     return value
 
@@ -289,11 +290,9 @@ def build_book(root: Path = ROOT) -> Path:
     refresh(root)
     source = stage(root)
     program = "from jupyter_book.cli.main import main; main()"
-    options = ["--path-output", str(root), "-n", "-W", "--keep-going", "-q"]
+    options = ["build", ".", "--path-output", str(root), "-n", "-W", "--keep-going", "-q"]
     print("Building the pages", flush=True)
-    done = subprocess.run(
-        [sys.executable, "-c", program, "build", ".", *options], cwd=source, text=True, capture_output=True
-    )
+    done = subprocess.run([sys.executable, "-c", program, *options], cwd=source, text=True, capture_output=True)
     if done.returncode:
         shutil.rmtree(root / "_build" / ".doctrees", ignore_errors=True)  # else the next build forgets the warnings
         raise UserError(f"the pages could not be built:\n{done.stderr.strip()}")

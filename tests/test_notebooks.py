@@ -9,9 +9,9 @@ from svae_lib.errors import UserError
 
 PARAMETERS = """\
 seed: int = 0  # random seed
-rate: float = 0.5  # step size
+rate: float = 0.5  # 0.1 or more
 deep: bool = False
-profile: str = "quick"  # quick, cpu or paper"""
+profile: str = "quick"  # quick, cpu or paper: the budget"""
 
 
 def write_chapter(path, *code, text="Prose."):
