@@ -55,7 +55,7 @@ class Evaluation:
 
 
 PROFILES: dict[str, dict[str, Any]] = {
-    "quick": {"updates": 600, "log_every": 40, "score_samples": 300, "iw_samples": 500, "iw_images": 20},
+    "quick": {"updates": 400, "log_every": 40, "score_samples": 300, "iw_samples": 500, "iw_images": 20},
     "cpu": {"updates": 2_500, "precision": "bf16", "iw_images": 50},
     "paper": {"updates": 200_000, "log_every": 1_000, "precision": "bf16", "score_samples": 50_000},
 }
