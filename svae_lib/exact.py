@@ -192,7 +192,7 @@ class World:
         return -self.p_z.entropy()
 
     def L_x(self) -> Tensor:
-        r"""S1: E_qφ(x,z) log [p_θ(x, z) / q_φ(z|x)], the conditional's entropy in closed form."""
+        r"""S1: E_qφ(x,z) log [p_θ(x, z) / q_φ(z|x)], with the encoder's entropy."""
         entropy = self.q_z_given_x.at(self.m).entropy()
         return expected_log_prob(self.q, self.p) + entropy
 

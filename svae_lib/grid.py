@@ -31,9 +31,9 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
 
 
 def support(log_mass: Tensor, eps: float) -> Tensor:
-    r"""The ε-support: the smallest set of cells that holds 1 − ε of the mass, as a boolean table.
+    r"""The ε-support: the smallest set of cells that holds 1 − ε of the mass; boolean.
 
-    Cells of equal size enter fullest first, so the set is {mass ≥ level} and ε decides the level.
+    Cells are equally large, so the fullest enter first; ε decides at which level to stop.
     """
     mass, order = log_mass.flatten().exp().sort(descending=True, stable=True)
     inside = torch.zeros(len(mass), dtype=torch.bool)
@@ -76,14 +76,14 @@ class Joints:
         return self.log_p.logsumexp(0)
 
     def L_x(self) -> Tensor:
-        r"""S1: E_qφ(x,z) log [p_θ(x|z) p(z) / q_φ(z|x)]; a cell of x turns mass into density."""
-        log_q_z_given_x = self.log_q - self.q_x[:, None]
-        return (self.log_q.exp() * (self.log_p - log_q_z_given_x)).sum() - (self.x[1] - self.x[0]).log()
+        r"""S1: E_qφ(x,z) log [p_θ(x|z) p(z) / q_φ(z|x)]; dx makes densities of masses."""
+        log_ratio = self.log_p - (self.log_q - self.q_x[:, None])
+        return (self.log_q.exp() * log_ratio).sum() - (self.x[1] - self.x[0]).log()
 
     def L_z(self) -> Tensor:
-        r"""S5: E_pθ(x,z) log [q_φ(z|x) q(x) / p_θ(x|z)]; a cell of z turns mass into density."""
-        log_p_x_given_z = self.log_p - self.p_z
-        return (self.log_p.exp() * (self.log_q - log_p_x_given_z)).sum() - (self.z[1] - self.z[0]).log()
+        r"""S5: E_pθ(x,z) log [q_φ(z|x) q(x) / p_θ(x|z)]; dz makes densities of masses."""
+        log_ratio = self.log_q - (self.log_p - self.p_z)
+        return (self.log_p.exp() * log_ratio).sum() - (self.z[1] - self.z[0]).log()
 
     def L_xz(self) -> Tensor:
         r"""S7: L_x + L_z."""
