@@ -72,8 +72,7 @@ def book_command(args: argparse.Namespace) -> None:
 
     if args.store:
         notebooks.store()
-    else:
-        print(notebooks.build_book())
+    print(notebooks.build_book())
 
 
 def data_command(args: argparse.Namespace) -> None:
