@@ -67,7 +67,7 @@ class BernoulliImage(NamedTuple):
 
     def rsample(self, noise: Tensor | None = None) -> Tensor:
         r"""The mean image. Bernoulli draws have no pathwise gradient, so the draw that the
-        critic compares with a grey image is the mean (ambiguity register: decoder draw)."""
+        critic compares with a grey image is the mean (chapter MNIST)."""
         return self.mean
 
 

@@ -83,7 +83,7 @@ class A1Encoder(nn.Module):
 class A1Decoder(nn.Module):
     r"""p_θ(x|z) of A.1: MLP, deconv 64 s2, deconv 32 s2, and a 3×3 convolution to the pixel logits.
 
-    The appendix ends in a ReLU of 32 channels; the last convolution is ours (ambiguity register).
+    The appendix ends in a ReLU of 32 channels; the last convolution is ours (chapter MNIST).
     z (B, z_dim) -> BernoulliImage over (B, C, H, W). Source: S appendix A.1.
     """
 
