@@ -191,18 +191,30 @@ class World:
         r"""S6: C_z = −h(p(z))."""
         return -self.p_z.entropy()
 
-    def L_x(self) -> Tensor:
-        r"""S1: E_qφ(x,z) log [p_θ(x, z) / q_φ(z|x)], with the encoder's entropy."""
-        entropy = self.q_z_given_x.at(self.m).entropy()
-        return expected_log_prob(self.q, self.p) + entropy
+    def expected_log_decoder(self, under: MultivariateNormal) -> Tensor:
+        r"""E_under log p_θ(x|z) over pairs (x, z), from joint minus marginal."""
+        return expected_log_prob(under, self.p) - expected_log_prob(marginal(under, self.z), self.p_z)
 
-    def L_z(self) -> Tensor:
-        r"""S5: E_pθ(x,z) log [q_φ(x, z) / p_θ(x|z)]."""
+    def expected_log_encoder(self, under: MultivariateNormal) -> Tensor:
+        r"""E_under log q_φ(z|x) over pairs (x, z)."""
+        return expected_log_prob(under, self.q) - expected_log_prob(marginal(under, self.x), self.q_x)
+
+    def L_x(self, weight: float = 0.0) -> Tensor:
+        r"""S1, S26: E_qφ log [p_θ(x, z) / q_φ(z|x)] + λ E_qφ log p_θ(x|z), λ being `weight`."""
+        entropy = self.q_z_given_x.at(self.m).entropy()
+        return expected_log_prob(self.q, self.p) + entropy + weight * self.expected_log_decoder(self.q)
+
+    def L_z(self, weight: float = 0.0) -> Tensor:
+        r"""S5, S27: E_pθ log [q_φ(x, z) / p_θ(x|z)] + λ E_pθ log q_φ(z|x)."""
         entropy = self.p_x_given_z.at(torch.zeros_like(self.c)).entropy()
-        return expected_log_prob(self.p, self.q) + entropy
+        return expected_log_prob(self.p, self.q) + entropy + weight * self.expected_log_encoder(self.p)
+
+    def L_xz(self, weight: float = 0.0) -> Tensor:
+        r"""S7, S28: L_x + L_z, each with λ times its reconstruction."""
+        return self.L_x(weight) + self.L_z(weight)
 
     def kl_s(self) -> Tensor:
-        r"""S7: KL_s(q_φ ‖ p_θ) = KL(q_φ ‖ p_θ) + KL(p_θ ‖ q_φ) of the joints."""
+        r"""KL_s(q_φ ‖ p_θ) = KL(q_φ ‖ p_θ) + KL(p_θ ‖ q_φ) of the joints; L_xz = −KL_s + C_x + C_z (S7)."""
         return kl_divergence(self.q, self.p) + kl_divergence(self.p, self.q)
 
     def log_ratio(self, x: Tensor, z: Tensor) -> Tensor:
@@ -216,7 +228,44 @@ class World:
         under_p = expected_log_prob(self.p, critic.p) - expected_log_prob(self.p, critic.q)
         return under_q - under_p
 
-    # The same world as networks -----------------------------------------------------------
+    # Paper A: other reference measures ------------------------------------------------------
+
+    def L_VAEx(self) -> Tensor:
+        r"""A8: E_q(x) log p_θ(x) − KL(q_φ(x, z) ‖ p_θ(x, z))."""
+        return expected_log_prob(self.q_x, self.p_x) - kl_divergence(self.q, self.p)
+
+    def L_VAEz(self) -> Tensor:
+        r"""A9: E_p(z) log q_φ(z) − KL(p_θ(x, z) ‖ q_φ(x, z))."""
+        return expected_log_prob(self.p_z, self.q_z) - kl_divergence(self.p, self.q)
+
+    def f_1(self, x: Tensor, z: Tensor) -> Tensor:
+        r"""A7: f_ψ1* = log q_φ(x, z) − log p_θ(x) p(z); (B, X), (B, Z) -> (B,)."""
+        return self.q.log_prob(torch.cat([x, z], -1)) - self.p_x.log_prob(x) - self.p_z.log_prob(z)
+
+    def f_2(self, x: Tensor, z: Tensor) -> Tensor:
+        r"""A7, A18: f_ψ2* = log p_θ(x, z) − log q(x) q_φ(z), with q_φ(z) as in A18; A7 prints q_φ(z|x)."""
+        return self.p.log_prob(torch.cat([x, z], -1)) - self.q_x.log_prob(x) - self.q_z.log_prob(z)
+
+    def L_VAExz(self, critic: World) -> Tensor:
+        r"""A10, A11: E_qφ[log p_θ(x|z) − f_ψ1] + E_pθ[log q_φ(z|x) − f_ψ2], the critics exact for another world,
+        usually `self.frozen()`."""
+        f_1 = expected_log_prob(self.q, critic.q)
+        f_1 = f_1 - expected_log_prob(self.q_x, critic.p_x) - expected_log_prob(self.q_z, critic.p_z)
+        f_2 = expected_log_prob(self.p, critic.p)
+        f_2 = f_2 - expected_log_prob(self.p_x, critic.q_x) - expected_log_prob(self.p_z, critic.q_z)
+        return self.expected_log_decoder(self.q) - f_1 + self.expected_log_encoder(self.p) - f_2
+
+    # Draws, and the same world as networks -----------------------------------------------------
+
+    def encoder_pairs(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        r"""(x, z̃) with x ~ q(x), z̃ ~ q_φ(z|x), pathwise from standard normal noise (B, X + Z)."""
+        x = self.m + noise[:, self.x] @ torch.linalg.cholesky(self.S).mT
+        return x, self.encoder()(x).rsample(noise[:, self.z])
+
+    def decoder_pairs(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        r"""(x̃, z) with z ~ p(z), x̃ ~ p_θ(x|z), pathwise from standard normal noise (B, X + Z)."""
+        z = noise[:, self.z]
+        return self.decoder()(z).rsample(noise[:, self.x]), z
 
     def encoder(self) -> Linear:
         r"""q_φ(z|x) as a module, for the training code."""
