@@ -1,8 +1,12 @@
 """Datasets: shapes, splits that do not overlap, verified files, one sentence for every fault."""
 
 import gzip
+import hashlib
+import os
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +15,8 @@ from svae_lib.errors import UserError
 
 HAS_MNIST = (data.root() / "MNIST" / "raw").is_dir()
 needs_mnist = pytest.mark.skipif(not HAS_MNIST, reason="MNIST is not in SVAE_DATA or the user's cache")
+
+HAS_CIFAR10 = (data.root() / "cifar-10-batches-py").is_dir()
 
 
 @pytest.mark.parametrize("name, shape", [("digits", (1, 8, 8)), ("patches32", (3, 32, 32)), ("patches64", (3, 64, 64))])
@@ -35,6 +41,15 @@ def test_mnist():
     d = data.load("mnist")
     assert [len(s) for s in (d.train, d.validation, d.test)] == [50_000, 10_000, 10_000]
     assert d.shape == (1, 28, 28) and d.test.labels[:5].tolist() == [7, 2, 1, 0, 4]
+
+
+@pytest.mark.skipif(not HAS_CIFAR10, reason="CIFAR-10 is not in SVAE_DATA or the user's cache")
+def test_cifar10():
+    d = data.load("cifar10")
+    assert [len(s) for s in (d.train, d.validation, d.test)] == [40_000, 10_000, 10_000]
+    assert d.shape == (3, 32, 32) and d.test.labels[:5].tolist() == [3, 8, 8, 0, 6]
+    assert d.train.labels.bincount().sum() == 40_000 and d.test.labels.bincount().tolist() == [1_000] * 10
+    assert d.test.images[0, :, 0, 0].tolist() == [158, 112, 49]  # red, green, blue
 
 
 def test_binarise_has_the_grey_image_as_its_mean():
@@ -72,6 +87,57 @@ def test_damaged_mnist(tmp_path, monkeypatch, fault, message):
     with pytest.raises(UserError, match=message):
         data.load("mnist")
     assert victim.read_bytes() == bad, "a damaged file is reported, not touched"
+
+
+@pytest.fixture
+def small_cifar10(tmp_path, monkeypatch):
+    """CIFAR-10's layout with two images to a file, and checksums that fit."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for label, name in enumerate(data.CIFAR10_MD5):
+        pixels = (np.arange(2 * 3072) % 256).astype(np.uint8).reshape(2, 3072)
+        content = pickle.dumps({b"data": pixels, b"labels": [label] * 2}, protocol=3)
+        content = content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")  # as NumPy 1 wrote it
+        (folder / name).write_bytes(content)
+        monkeypatch.setitem(data.CIFAR10_MD5, name, hashlib.md5(content).hexdigest())
+    monkeypatch.setenv("SVAE_DATA", str(tmp_path))
+    return folder
+
+
+def test_layout_of_cifar10(small_cifar10):
+    d = data.load("cifar10")
+    assert [s.labels.tolist() for s in (d.train, d.validation, d.test)] == [[0, 0, 1, 1, 2, 2, 3, 3], [4, 4], [5, 5]]
+    assert d.test.images.shape == (2, 3, 32, 32) and d.test.images.dtype == torch.uint8
+    assert d.test.images[0, 1, 2, 3] == (1024 + 2 * 32 + 3) % 256
+    assert "8 train, 2 validation, 2 test images" in data.fetch("cifar10")
+
+
+@pytest.mark.parametrize("fault", ["truncated", "altered", "missing"])
+def test_damaged_cifar10(small_cifar10, fault):
+    victim = small_cifar10 / "data_batch_3"
+    content = victim.read_bytes()
+    victim.unlink()
+    if fault != "missing":
+        victim.write_bytes(content[:99] if fault == "truncated" else content[:-9] + b"x" + content[-8:])
+    with pytest.raises(UserError, match="is not in.*svae data cifar10" if fault == "missing" else "wrong checksum"):
+        data.load("cifar10")
+
+
+def test_a_pickle_runs_nothing(small_cifar10, monkeypatch, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "attacked"),)
+
+    genuine = data.CIFAR10_MD5["test_batch"]
+    for content in (pickle.dumps({b"data": Attack()}, 3), b"cbuiltins\neval\n(S'1'\ntR."):
+        (small_cifar10 / "test_batch").write_bytes(content)
+        monkeypatch.setitem(data.CIFAR10_MD5, "test_batch", genuine)
+        with pytest.raises(UserError, match="wrong checksum"):
+            data.load("cifar10")
+        monkeypatch.setitem(data.CIFAR10_MD5, "test_batch", hashlib.md5(content).hexdigest())
+        with pytest.raises(UserError, match="asks to run"):
+            data.load("cifar10")
+    assert not (tmp_path / "attacked").exists()
 
 
 def test_root_is_decided_by_the_environment(monkeypatch):
