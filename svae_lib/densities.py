@@ -71,6 +71,32 @@ class BernoulliImage(NamedTuple):
         return self.mean
 
 
+class DiscretisedGaussian(NamedTuple):
+    r"""A §5.1: p(i) = Φ((i + 1 − μ)/σ) − Φ((i − μ)/σ), the mass that N(μ, σ²) gives to the grey level i = 0..255.
+
+    mean and log_var (B, ...) in grey levels, on the axis on which level i is the interval [i, i + 1). With
+    `open_edges` the levels 0 and 255 also get the mass beyond them, so that the 256 probabilities sum to one;
+    with the closed cells of the paper's formula they sum to less. Nothing is clamped: a bad fit costs what it costs.
+    """
+
+    mean: Tensor
+    log_var: Tensor
+    open_edges: bool = False
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        r"""Σ log p(i) in nats for levels `value` (B, ...), integers in any dtype; -> (B,)."""
+        value = value.to(self.mean.dtype)
+        scale = (-0.5 * self.log_var).exp()
+        low, high = (value - self.mean) * scale, (value + 1 - self.mean) * scale
+        if self.open_edges:
+            low = low.masked_fill(value == 0, -math.inf)
+            high = high.masked_fill(value == 255, math.inf)
+        right = low > 0  # both ends in the right tail: mirror the cell, for Φ is only accurate on the left
+        low, high = torch.where(right, -high, low), torch.where(right, -low, high)
+        log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+        return (log_high + torch.log(-torch.expm1(log_low - log_high))).flatten(1).sum(1)
+
+
 def standard_normal_log_prob(z: Tensor) -> Tensor:
     r"""log N(z; 0, I), the prior p(z); (B, ...) -> (B,)."""
     return -0.5 * (z.square() + LOG_2PI).flatten(1).sum(1)
