@@ -10,6 +10,8 @@ from pathlib import Path
 from svae_lib import __version__
 from svae_lib.errors import UserError
 
+DATASETS = "digits, patches32, patches64, mnist or cifar10"  # written out: importing svae_lib.data costs seconds
+
 
 def methods_command(_: argparse.Namespace) -> None:
     from svae_lib.methods import METHODS
@@ -49,10 +51,27 @@ def print_record(record: dict) -> None:
     r"""The metrics of a finished run."""
     if record["status"] != "done":
         print(f"{record['status']}: {record['reason']}")
-    for name, metric in record["metrics"].items():
-        print(f"{name:<17}{metric['value']:>10.3f} ± {metric['se']:.3f}  (n = {metric['n']})")
+    print_metrics(record)
     if "real_data" in record:
-        print(f"{'real test score':<17}{record['real_data']['score']['value']:>10.3f}")
+        print(f"{'real test score':<20}{record['real_data']['score']['value']:>10.3f}")
+
+
+def print_metrics(record: dict) -> None:
+    r"""One line per metric: value ± standard error, and the number of images."""
+    for name, metric in record["metrics"].items():
+        print(f"{name:<20}{metric['value']:>10.3f} ± {metric['se']:.3f}  (n = {metric['n']})")
+
+
+def bounds_command(args: argparse.Namespace) -> None:
+    import torch
+
+    from svae_lib import bounds, data, records
+    from svae_lib.device import describe
+
+    record = bounds.compute(data.load(args.dataset))
+    record["environment"] = records.environment(describe(torch.device("cpu")))
+    print_metrics(record)
+    print(f"record: {records.write_bounds(args.results or records.results_folder(), record)}")
 
 
 def table_command(args: argparse.Namespace) -> None:
@@ -112,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
         Interrupted? The same command goes on where it stopped. Finished? It prints the record.
         """,
     )  # fmt: skip
-    run.add_argument("dataset", help="digits, patches32, patches64 or mnist")
+    run.add_argument("dataset", help=DATASETS)
     run.add_argument("method", help="a name from `svae methods`")
     run.add_argument("--profile", default="quick", help="quick (seconds), cpu (minutes to an hour) or paper (a GPU)")
     run.add_argument("--setting", default="literal", help="literal (as the appendix prints) or stabilised")
@@ -124,6 +143,10 @@ def parser() -> argparse.ArgumentParser:
     table = command("table", table_command, "the papers' table beside our records of it")
     table.add_argument("dataset", help="mnist")
     table.add_argument("--results", type=Path, help="folder of records (default: results/ of the clone)")
+
+    bounds = command("bounds", bounds_command, "what the data alone says about likelihoods and errors; writes a record")
+    bounds.add_argument("dataset", help=DATASETS)
+    bounds.add_argument("--results", type=Path, help="folder for records (default: results/ of the clone)")
 
     notebook = command(
         "notebook", notebook_command, "execute one chapter with checked parameters",
@@ -140,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
     book.add_argument("--store", action="store_true", help="also keep the fresh outputs in notebooks/")
 
     dataset = command("data", data_command, "find or download a dataset, verify it, say where it is")
-    dataset.add_argument("dataset", help="digits, patches32, patches64 or mnist")
+    dataset.add_argument("dataset", help=DATASETS)
     return top
 
 

@@ -88,16 +88,19 @@ def dynamic_nll(
 
 @torch.no_grad()
 def reconstruction_error(encoder: nn.Module, decoder: nn.Module, images: Tensor) -> dict[str, Metric]:
-    r"""Error of x̂, the decoder mean at the encoder mean, in both units that "RMSE" may have.
+    r"""Error of x̂, the decoder mean at the encoder mean, in both units that "RMSE" may have."""
+    square = []
+    for x in batches(images):
+        square.append((decoder(encoder(x).mean).mean - x).square().flatten(1))
+    return error_units(torch.cat([s.sum(1) for s in square]), square[0].shape[1])
+
+
+def error_units(per_image: Tensor, pixels: int) -> dict[str, Metric]:
+    r"""‖x̂ − x‖² per image (N,), pixels in [0, 1], in both units that "RMSE" may have.
 
     rmse_grey: √ mean over images and pixels of (x̂ − x)², in grey levels 0..255;
     l2: the mean over images of ‖x̂ − x‖₂ with pixels in [0, 1].
     """
-    square = []
-    for x in batches(images):
-        square.append((decoder(encoder(x).mean).mean - x).square().flatten(1))
-    per_image = torch.cat([s.sum(1) for s in square])
-    pixels = square[0].shape[1]
     mse = summary(per_image / pixels)
     rmse = 255 * math.sqrt(mse["value"])
     return {

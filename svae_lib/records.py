@@ -57,8 +57,11 @@ def environment(device: str) -> dict[str, str]:
 
 
 def write(folder: Path, record: Record) -> Path:
-    r"""Write one record, whole or not at all; returns its path."""
-    path = folder / record["experiment"]["dataset"] / f"{record['name']}.json"
+    r"""Write the record of a run, whole or not at all; returns its path."""
+    return _write(folder / record["experiment"]["dataset"] / f"{record['name']}.json", record)
+
+
+def _write(path: Path, record: Record) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
     new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -68,13 +71,30 @@ def write(folder: Path, record: Record) -> Path:
 
 def read(folder: Path, dataset: str, name: str) -> Record | None:
     r"""The record of that name, or None if there is none. Raises UserError if the file is damaged."""
-    path = folder / dataset / f"{name}.json"
+    return _read(folder / dataset / f"{name}.json")
+
+
+def _read(path: Path) -> Record | None:
     if not path.exists():
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError:
         raise UserError(f"{path} is damaged; delete it and run the experiment again") from None
+
+
+def write_bounds(folder: Path, record: Record) -> Path:
+    r"""Write a record of `svae_lib.bounds` as bounds-DATASET.json; returns its path."""
+    return _write(folder / f"{record['name']}.json", record)
+
+
+def read_bounds(dataset: str, folder: Path | None = None) -> Record:
+    r"""The bounds of a dataset. Raises UserError if there is no record of them, or a damaged one."""
+    folder = results_folder() if folder is None else folder
+    record = _read(folder / f"bounds-{dataset}.json")
+    if record is None:
+        raise UserError(f"there are no bounds of '{dataset}' in {folder}; run `svae bounds {dataset}`")
+    return record
 
 
 def read_all(dataset: str, folder: Path | None = None) -> list[Record]:
