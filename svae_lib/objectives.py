@@ -46,7 +46,7 @@ def saturating(f_q: Tensor, f_p: Tensor) -> Tensor:
 def non_saturating(f_q: Tensor, f_p: Tensor) -> Tensor:
     r"""S19, S24: E_qφ log σ(f_ψ) + E_pθ log σ(−f_ψ), which is g(ψ) with its labels exchanged.
 
-    In the GAN (S24) the first term does not depend on θ.
+    With `saturating` it adds up to `symmetric`. In the GAN (S24) the first term does not depend on θ.
     """
     return critic_lrt(f_q=f_p, f_p=f_q)
 
