@@ -126,11 +126,14 @@ def svae_r(d: Draws) -> Tensor:
     )
 
 
+def wake_sleep(d: Draws) -> Tensor:
+    r"""The halves that S14 misses: the decoder learns from encoder pairs, the encoder from decoder pairs."""
+    return objectives.wake_sleep(d.log_p_x_given_z_detached, d.log_q_z_given_x_detached)
+
+
 def svae_exact(d: Draws) -> Tensor:
     r"""The exact gradient of −KL_s: S29 with λ = 1 and the draws detached in both reconstructions."""
-    return objectives.symmetric_with_reconstruction(
-        d.f_q, d.f_p, d.log_p_x_given_z_detached, d.log_q_z_given_x_detached, 1.0
-    )
+    return svae(d) + wake_sleep(d)
 
 
 def svae_elbo(d: Draws) -> Tensor:
@@ -142,6 +145,7 @@ for row in (
     Method("vae", "variational autoencoder: maximise the evidence lower bound", "–", "S1", vae, critic=None),
     Method("svae", "symmetric VAE: raise the critic on encoder pairs, lower it on decoder pairs", "S10", "S14", svae),
     Method("svae-r", "symmetric VAE with λ times the reconstruction of x and of z", "S10", "S29", svae_r),
+    Method("wake-sleep", "decoder and encoder each fit the pairs of the other", "–", "halves", wake_sleep, critic=None),
     Method("svae-exact", "exact gradient of −KL_s: S14 plus its two missing halves", "S10", "S14 + halves", svae_exact),
     Method("svae-elbo", "the same gradient, L_x in closed form, a critic for L_z", "S10", "S1 + S13", svae_elbo),
 ):

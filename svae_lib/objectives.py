@@ -73,6 +73,15 @@ def symmetric_with_reconstruction(
     return symmetric(f_q, f_p) + weight * reconstruction
 
 
+def wake_sleep(log_p_x_given_z: Tensor, log_q_z_given_x: Tensor) -> Tensor:
+    r"""S14, S15: E_qφ log p_θ(x|z) + E_pθ log q_φ(z|x), the half of −∇KL_s that a frozen critic misses.
+
+    Both log-densities are taken at *detached* draws. Then θ descends KL(q_φ ‖ p_θ) (wake) and φ descends
+    KL(p_θ ‖ q_φ) (sleep). Sources: Hinton et al. 1995; as a game of two players, Flach et al. 2024.
+    """
+    return log_p_x_given_z.mean() + log_q_z_given_x.mean()
+
+
 def l_z(f_p: Tensor, log_q_z_given_x: Tensor) -> Tensor:
     r"""S13 with the half of its gradient that a frozen critic misses: −E_pθ[f_ψ − log q_φ(z|x)].
 

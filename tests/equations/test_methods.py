@@ -56,6 +56,18 @@ def test_S14_svae_follows_one_direction_of_kl_per_player(x_dim, z_dim):
 
 
 @dims
+def test_S15_wake_sleep_follows_the_other_direction_per_player(x_dim, z_dim):
+    world = World.random(x_dim, z_dim, seed=2).with_grad()
+    value = METHODS["wake-sleep"].player(exact_draws(world))
+    reverse, forward = -kl_divergence(world.p, world.q), -kl_divergence(world.q, world.p)
+    same(gradient(value, world, THETA), gradient(forward, world, THETA))
+    same(gradient(value, world, PHI), gradient(reverse, world, PHI))
+    other = gradient(METHODS["svae"].player(exact_draws(world)), world)
+    same(gradient(value, world) + other, gradient(-world.kl_s(), world))
+    refuses(gradient(value, world), other)
+
+
+@dims
 @pytest.mark.parametrize("method", ["svae-exact", "svae-elbo"])
 def test_S15_exact_gradient_methods_follow_the_symmetric_kl(x_dim, z_dim, method):
     world = World.random(x_dim, z_dim, seed=3).with_grad()
