@@ -51,12 +51,14 @@ def clip_weights(critic: nn.Module, bound: float) -> None:
 
 
 def gradient_penalty(
-    critic: Callable[..., Tensor], q: Sequence[Tensor], p: Sequence[Tensor], mix: Tensor
+    critic: Callable[..., Tensor], q: Sequence[Tensor], p: Sequence[Tensor], mix: Tensor, one_sided: bool = False
 ) -> Tensor:
     r"""S25 with F = {f : ‖∇f‖ ≈ 1 between data and model}: WGAN-GP subtracts λ E(‖∇f(û)‖ − 1)², λ = 10.
 
     q and p hold the critic's arguments, (x,) or (x, z), each (B, ...); û = mix p + (1 − mix) q with
     mix (B,) uniform on [0, 1]; the norm is over all arguments together. Source: Gulrajani et al. 2017.
+    `one_sided` leaves slopes below one alone, F = {f : ‖∇f‖ ≤ 1 between data and model}; the penalised
+    objective is then concave in f and has no second maximum. Source: Petzka et al. 2018.
     """
     between = []
     for a, b in zip(q, p, strict=True):
@@ -64,7 +66,8 @@ def gradient_penalty(
         between.append((share * b + (1 - share) * a).detach().requires_grad_())
     slopes = torch.autograd.grad(critic(*between).sum(), between, create_graph=True)
     norm = torch.cat([s.flatten(1) for s in slopes], 1).norm(dim=1)
-    return (norm - 1).square().mean()
+    excess = norm - 1
+    return (excess.relu() if one_sided else excess).square().mean()
 
 
 # The unit ball of a kernel's space: maximum mean discrepancy -----------------------------------------

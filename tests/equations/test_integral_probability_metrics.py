@@ -211,6 +211,48 @@ def test_S25_penalised_linear_critic_is_steeper_than_one(dim):
     same(objectives.ipm(x_q @ best, x_p @ best), gap.norm() + gap.norm().square() / (2 * penalty))
 
 
+@pytest.mark.parametrize("dim", [1, 2, 8])
+def test_S25_two_sided_penalty_has_a_wrong_signed_stationary_point(dim):
+    r"""−(1 − ‖δ‖/2λ) δ/‖δ‖: a maximum among numbers, a saddle in more dimensions; the one-sided penalty has none."""
+    penalty, gap = 10.0, normal(dim, seed=9)
+    x_q, mix = normal(24, dim, seed=3), torch.full((24,), 0.5).double()
+
+    def goal(a: Tensor, one_sided: bool = False) -> Tensor:
+        loss = ipm.gradient_penalty(lambda x: x @ a, [x_q], [x_q + gap], mix, one_sided)
+        return objectives.ipm(x_q @ a, (x_q + gap) @ a) - penalty * loss
+
+    wrong = -gap / gap.norm() * (1 - gap.norm() / (2 * penalty))
+    same(torch.autograd.functional.jacobian(goal, wrong), torch.zeros_like(gap))
+    same(torch.autograd.functional.jacobian(partial(goal, one_sided=True), wrong), gap)
+    curvature = torch.linalg.eigvalsh(torch.autograd.functional.hessian(goal, wrong))
+    same(curvature[0], torch.tensor(-2 * penalty).double())
+    assert (curvature[1:] > 0).all()
+    right = gap / gap.norm() * (1 + gap.norm() / (2 * penalty))
+    same(torch.autograd.functional.jacobian(partial(goal, one_sided=True), right), torch.zeros_like(gap))
+
+
+@PROOF
+@given(seed=SEEDS, dim=st.integers(1, 8))
+def test_S25_one_sided_penalty_is_convex_in_the_critic(seed, dim):
+    x_q, x_p = batches(seed, features=dim)
+    mix = torch.rand(len(x_q), generator=torch.Generator().manual_seed(seed)).double()
+    first, second = normal(2, dim, dim, seed=seed + 1)
+
+    def penalty(critic, one_sided: bool) -> Tensor:
+        return ipm.gradient_penalty(critic, [x_q], [x_p], mix, one_sided)
+
+    def f(x: Tensor) -> Tensor:
+        return (x @ first).tanh().sum(1)
+
+    def g(x: Tensor) -> Tensor:
+        return (x @ second).square().sum(1)
+
+    chord = 0.5 * (penalty(f, True) + penalty(g, True))
+    assert penalty(lambda x: 0.5 * (f(x) + g(x)), True) <= chord + 1e-12
+    both = [penalty(lambda x, s=s: s * x[:, 0], False) for s in (1, -1, 0)]
+    same(torch.stack(both), torch.tensor([0, 0, 1]).double())  # two-sided: between two of its members lies a worse
+
+
 # Kernels ----------------------------------------------------------------------------------------------
 
 
