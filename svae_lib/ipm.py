@@ -107,7 +107,8 @@ def mmd2(x_q: Tensor, x_p: Tensor, kernel: Kernel = gaussian_kernel) -> Tensor:
 def kernel_critic(gram: Tensor, log_q: Tensor, log_p: Tensor) -> Tensor:
     r"""S25 with F = {f : ‖f‖_k ≤ 1}: the maximiser on a table, f(x) = [E_p k(x, ·) − E_q k(x, ·)] / MMD.
 
-    gram (K, K) is the kernel between the table's points; (K,) -> (K,). Source: Gretton et al. 2012.
+    gram (K, K) is the kernel between the table's points; (K,) -> (K,). Not defined for q = p.
+    Source: Gretton et al. 2012.
     """
     gap = log_p.exp() - log_q.exp()
     return gram @ gap / (gap @ gram @ gap).sqrt()
@@ -137,9 +138,11 @@ def ball_critic(weight: Tensor, log_q: Tensor, log_p: Tensor) -> Tensor:
     r"""S25 with F = {f : Σ w f² ≤ 1}: the maximiser on a table, f ∝ (p − q)/w, of value √Σ(p − q)²/w; (K,) -> (K,).
 
     w = ½(p + q) gives the Fisher critic, w = `logarithmic_mean` the log-ratio and the value √KL_s.
+    Not defined for q = p.
     """
     gap = log_p.exp() - log_q.exp()
-    return gap / weight / (gap.square() / weight).sum().sqrt()
+    f = gap / weight.clamp(min=torch.finfo(weight.dtype).tiny)  # zero where q, p and w are too small for a float
+    return f / (gap @ f).sqrt()
 
 
 def logarithmic_mean(log_q: Tensor, log_p: Tensor) -> Tensor:
