@@ -356,6 +356,8 @@ def test_S25_fisher_with_a_linear_critic_is_a_mahalanobis_distance(seed, dim):
         slope = torch.autograd.grad(goal, v)[0]
         (same if stationary else refuses)(slope, torch.zeros_like(slope))
     same(ipm.fisher_lagrangian(phi_q @ v, phi_p @ v, value / 2, rho=0.7), value)
+    doubled = ipm.fisher_lagrangian(2 * phi_q @ v, 2 * phi_p @ v, value / 2, rho=0.7)  # there Ω = 4
+    same(doubled, 2 * value - 3 * value / 2 - 0.5 * 0.7 * 9)
     refuses(ipm.fisher(phi_q @ best, phi_p @ best), -value, value.square(), gap.norm())
 
 
