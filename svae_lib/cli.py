@@ -86,6 +86,18 @@ def notebook_command(args: argparse.Namespace) -> None:
     print(notebooks.run_chapter(args.chapter, dict(args.parameter), args.output))
 
 
+def verify_command(args: argparse.Namespace) -> None:
+    from svae_lib import records, verify
+
+    proofs = verify.run_proofs()
+    claims = verify.ledger(proofs)
+    print(verify.table(claims))
+    if open_claims := [claim.equation for claim in claims if claim.status in ("FAILED", "no proof")]:
+        raise UserError(f"not verified: {', '.join(open_claims)}; the messages above say why")
+    if args.store:
+        print(verify.write(proofs, records.results_folder()))
+
+
 def book_command(args: argparse.Namespace) -> None:
     from svae_lib import notebooks
 
@@ -158,6 +170,9 @@ def parser() -> argparse.ArgumentParser:
     notebook.add_argument("chapter", help="number, name or any unambiguous beginning of one")
     notebook.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     notebook.add_argument("--output", type=Path, help="where the executed notebook goes (default: _build)")
+
+    verify = command("verify", verify_command, "prove every numbered equation and print the claims ledger")
+    verify.add_argument("--store", action="store_true", help="also keep the observations for the book's ledger page")
 
     book = command("book", book_command, "execute the chapters that changed and build the HTML pages")
     book.add_argument("--store", action="store_true", help="also keep the fresh outputs in notebooks/")

@@ -55,7 +55,8 @@ def footer(profile: str, seed: int, **parameters: Any) -> None:
         print(line.replace("\xa0", " "))
 
 
-def _need(module: str, extra: str) -> None:
+def need(module: str, extra: str) -> None:
+    r"""Raise UserError if a package of an optional extra is not installed."""
     if importlib.util.find_spec(module) is None:
         raise UserError(f"this needs the package {module}; install it with: pip install -e '.[{extra}]'")
 
@@ -86,7 +87,7 @@ def check_parameters(path: Path, params: dict[str, Any]) -> dict[str, Any]:
     Raises UserError for a name that the chapter does not have, for a value of the wrong type, and for one
     that is not among those listed in the comment: `profile: str = "quick"  # quick, cpu or paper: budget`.
     """
-    _need("papermill", "notebooks")
+    need("papermill", "notebooks")
     from papermill import inspect_notebook
 
     known = inspect_notebook(path)
@@ -269,7 +270,7 @@ def stage(root: Path = ROOT) -> Path:
     """
     source = root / "_build" / "source"
     shutil.rmtree(source, ignore_errors=True)
-    for folder in ("book", "results"):
+    for folder in ("book", "results", "tests/equations"):
         shutil.copytree(root / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy2(root / name, source / name)
@@ -286,7 +287,7 @@ def stage(root: Path = ROOT) -> Path:
 
 def build_book(root: Path = ROOT) -> Path:
     r"""Execute what is stale, build the pages with every warning an error, and return the page to open."""
-    _need("jupyter_book", "book")
+    need("jupyter_book", "book")
     refresh(root)
     source = stage(root)
     program = "from jupyter_book.cli.main import main; main()"

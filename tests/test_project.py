@@ -138,3 +138,69 @@ def test_every_label_is_in_one_place():
         for label in re.findall(r"^\$\$ *\(([\w-]+)\) *$", cell.source, re.M)
     ]
     assert len(labels) == len(set(labels))
+
+
+def test_the_register_of_ambiguities_states_the_defaults_that_are_used():
+    from svae_lib.experiment import SETTINGS, Experiment
+
+    literal, stabilised = (ROOT / "book" / "ambiguities.md").read_text().split("## Stabilised")
+    default = Experiment.make("mnist", "svae", "paper", "literal").flat()
+    for text, used in ((literal, default), (stabilised.partition("##")[0], SETTINGS["stabilised"])):
+        stated = {name: ast.literal_eval(value) for name, value in re.findall(r"`(\w+) = ([^`]+)`", text)}
+        assert stated and stated == {name: used[name] for name in stated}
+    assert set(stated) == set(SETTINGS["stabilised"])
+
+
+def test_the_page_of_proofs_shows_every_proof():
+    shown = re.findall(r"```\{proofs\} (\S+)", (ROOT / "book" / "proofs.md").read_text())
+    files = {path.name for path in (ROOT / "tests" / "equations").glob("*.py")} - {"conftest.py"}
+    assert len(shown) == len(set(shown)) and set(shown) == files
+
+
+def test_the_stored_ledger_is_of_the_present_proofs_and_complete():
+    from svae_lib import verify
+
+    stored = verify.read(ROOT / "results")
+    present = {
+        node.name
+        for path in (ROOT / "tests" / "equations").glob("test_*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and verify.Proof(path.name, node.name).equations
+    }
+    assert {proof.name for proof in stored} == present, "run svae verify --store"
+    assert {claim.status for claim in verify.ledger(stored)} <= {"holds", "erratum"}
+    assert all(claim.chapter for claim in verify.ledger(stored))
+
+
+GREEK = """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi rho sigma tau
+    upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell""".split()
+WORDS = re.compile(r"\\(?:text|textbf|textit|operatorname|mathrm|mathsf|begin|end|hspace)\*?\{[^{}]*\}")
+LETTER = rf"(?:\\(?:{'|'.join(GREEK)})\b|(?<!\\)\b[A-Za-z]\b)"
+SYMBOL = re.compile(rf"(\\(?:mathcal|mathbb|tilde|hat|bar)\b)?[\s{{]*({LETTER})")
+INDEX = re.compile(rf"\\(?:sum|prod|max|min|sup|inf) *_[\s{{]*({LETTER})")
+
+
+def symbols(latex):
+    """The letters of a formula, each with its accent or alphabet; words, operators and indices of sums are none."""
+    for name, meaning in CONFIG["sphinx"]["config"]["mathjax3_config"]["tex"]["macros"].items():
+        latex = re.sub(rf"\\{name}(?![A-Za-z])", lambda _, meaning=meaning: meaning + " ", latex)
+    latex = re.sub(r"(\\[A-Za-z]+|[A-Za-z])", r" \1 ", WORDS.sub(" ", latex))  # ab is a and b
+    return {accent + letter for accent, letter in SYMBOL.findall(latex)} - set(INDEX.findall(latex))
+
+
+def inline(text):
+    """All symbols in the running text's mathematics."""
+    text = re.sub(r"\$\$.*?\$\$", " ", text, flags=re.S)
+    return set().union(*map(symbols, re.findall(r"(?<!\\)\$([^$]+)\$", text)))
+
+
+def test_symbols_are_read_from_formulas():
+    formula = r"\E_{\dec(x\mid z)}\log\mathcal N(xy;\tilde z) + \sum_{k=1}^K k\,\text{noise}"
+    assert symbols(formula) == {r"\mathbbE", "p", r"\theta", "x", "y", "z", r"\mathcalN", r"\tildez", "K"}
+
+
+def test_every_symbol_is_in_the_notation_or_in_the_text_of_its_chapter(notebook):
+    text = "\n".join(c.source for c in notebook.cells[:1] + notebook.cells[2:] if c.cell_type == "markdown")
+    known = inline((ROOT / "book" / "notation.md").read_text()) | inline(text)
+    for formula in re.findall(r"\$\$(.*?)\$\$", text, flags=re.S):
+        assert symbols(formula) <= known, formula

@@ -284,7 +284,7 @@ class Grid:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_against_integrals_on_a_grid(seed: int) -> None:
+def test_S1_S2_S5_S6_S7_S14_by_integrals_on_a_grid(seed: int) -> None:
     w, critic = World.random(1, 1, seed), World.random(1, 1, seed + 100)
     g, h = Grid(w), Grid(w)
     h.log_q, h.log_p = (d.log_prob(torch.stack(torch.broadcast_tensors(g.x, g.z), -1)) for d in (critic.q, critic.p))
@@ -307,7 +307,7 @@ def test_against_integrals_on_a_grid(seed: int) -> None:
 
 
 @pytest.mark.parametrize(("x_dim", "z_dim"), [(1, 1), (3, 2), (2, 5)])
-def test_against_monte_carlo(x_dim: int, z_dim: int) -> None:
+def test_S1_S2_S5_S6_S7_S12_S13_by_monte_carlo(x_dim: int, z_dim: int) -> None:
     r"""Ancestral draws from the four given densities; four standard errors, fixed seed."""
     w, generator = World.random(x_dim, z_dim, seed=5), torch.Generator().manual_seed(0)
     noise_q, noise_p = torch.randn(2, 200_000, x_dim + z_dim, generator=generator, dtype=torch.float64)
