@@ -240,9 +240,15 @@ def refresh(root: Path = ROOT) -> None:
 
 
 def with_outputs(chapter: Path) -> Any:
-    r"""The chapter as it stands, with the outputs of its executed copy and nothing else from there."""
+    r"""The chapter as it stands, with the outputs of its executed copy and nothing else from there.
+
+    Raises UserError if the copy was made of other cells.
+    """
     notebook, cells = _read(chapter)
-    for cell, done in zip(cells, _read(executed(chapter))[1], strict=True):
+    copy = _read(executed(chapter))[1]
+    if [cell.source for cell in cells] != [cell.source for cell in copy]:
+        raise UserError(f"chapter {chapter.stem} changed while it was executed; give the command again")
+    for cell, done in zip(cells, copy, strict=True):
         cell.outputs, cell.execution_count = done.outputs, done.execution_count
     return notebook
 

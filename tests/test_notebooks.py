@@ -163,6 +163,14 @@ def test_only_stale_chapters_run_and_their_outputs_are_stored(book, capsys):
         assert not any({"papermill", "execution"} & set(cell.metadata) for cell in stored.cells)
 
 
+def test_outputs_of_other_cells_are_not_stored(book):
+    path = write_chapter(book / "notebooks" / "01_first_steps.ipynb", "x = 1")
+    notebooks.execute(path)
+    write_chapter(path, "x = 2")
+    with pytest.raises(UserError, match="01_first_steps changed while"):
+        notebooks.with_outputs(path)
+
+
 def test_one_failing_chapter_does_not_stop_the_others(book):
     write_chapter(book / "notebooks" / "01_first_steps.ipynb", "1 / 0")
     write_chapter(book / "notebooks" / "20_mnist.ipynb", "x = 1")
