@@ -42,7 +42,8 @@ class Proof:
     @property
     def equations(self) -> list[str]:
         r"""test_S16_S17_... -> S16, S17."""
-        return re.findall(NUMBER, re.match(rf"test((?:_{NUMBER})*)", self.name)[1])
+        registered = re.match(rf"test((?:_{NUMBER})+)_", self.name)
+        return re.findall(NUMBER, registered[1]) if registered else []
 
     @property
     def title(self) -> str:

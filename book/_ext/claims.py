@@ -59,7 +59,8 @@ class Claims(Directive):
         listed = nodes.bullet_list()
         for proof in claim.proofs:
             listed += nodes.list_item("", nodes.paragraph("", "", link(proof.title, proof.anchor)))
-        code = self.parsed(", ".join(f"{{py:obj}}`~{name}`" for name in claim.functions))
+        shown = (f"{{py:obj}}`{name.removeprefix('svae_lib.')} <{name}>`" for name in claim.functions)
+        code = self.parsed(", ".join(shown))
         evidence = [nodes.paragraph("", claim.evidence), listed]
         return [number, [nodes.paragraph("", "", *name)], evidence, [nodes.paragraph("", "", *code)]]
 
