@@ -1,12 +1,12 @@
-r"""The GAN's generator: what it pays for a draw, and what it descends while the critic is frozen.
+r"""The GAN's generator: what a draw is charged, and what a generator descends while the critic is frozen.
 
-Without codes the critic learns f* = log p_θ(x)/q(x) (S21, S22). The generator then minimises E_pθ a(f*) with f*
-held fixed; a is the *price* of a draw. The θ-derivative of E_pθ a(f*) is ∫ a(log p_θ/q) ∂_θ p_θ dx, and so is that of
+Without codes the critic learns f* = log p_θ(x)/q(x) (S21, S22). The generator then minimises E_pθ C(f*) with f*
+held fixed; C is the *charge* of a draw. The θ-derivative of E_pθ C(f*) is ∫ C(log p_θ/q) ∂_θ p_θ dx, and so is that of
 
-    ∫ q A(p_θ/q) dx,    A′(r) = a(log r).
+    ∫ q k(p_θ/q) dx,    k′(r) = C(log r).
 
-If a increases, A is convex and this is an f-divergence, zero for p_θ = q up to a constant of A. Every rule for
-training a generator on f* is one price, hence one divergence (Poole et al. 2016). Tables as in `svae_lib.grid`.
+If C increases, k is convex and this is an f-divergence, zero for p_θ = q up to a constant of k. Every rule for
+training a generator on f* is one charge, hence one divergence (Poole et al. 2016). Tables as in `svae_lib.grid`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from svae_lib.grid import kl
 
 @dataclass(frozen=True)
 class Rule:
-    r"""A price a(f), elementwise, and the divergence (log p, log q) -> nats whose gradient it gives."""
+    r"""A charge C(f), elementwise, and the divergence (log p, log q) -> nats whose gradient it gives."""
 
-    price: Callable[[Tensor], Tensor]
+    charge: Callable[[Tensor], Tensor]
     divergence: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -57,7 +57,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-def frozen(price: Callable[[Tensor], Tensor], log_p: Tensor, log_q: Tensor) -> Tensor:
-    r"""S23, S24: E_pθ a(f*) of two tables of log-masses, to be minimised; f* = log p − log q is frozen (S21)."""
+def frozen(charge: Callable[[Tensor], Tensor], log_p: Tensor, log_q: Tensor) -> Tensor:
+    r"""S23, S24: E_pθ C(f*) of two tables of log-masses, to be minimised; f* = log p − log q is frozen (S21)."""
     f_star = (log_p - log_q).detach()
-    return (log_p.exp() * price(f_star)).sum()
+    return (log_p.exp() * charge(f_star)).sum()

@@ -250,7 +250,7 @@ def test_S23_the_other_half_is_the_likelihood(w: World) -> None:
 
 
 @tables
-def test_S23_the_other_half_from_draws_has_an_exponential_price(t: Table) -> None:
+def test_S23_the_other_half_from_draws_has_an_exponential_charge(t: Table) -> None:
     r"""∇ E_pθ[−e^{−f*}] with f* frozen is ∇KL(q ‖ p_θ): importance weights q/p_θ."""
     half = frozen(lambda f: -(-f).exp(), t.log_p, t.log_q)
     same(t.slope(half), t.slope(kl(t.log_q, t.log_p)))
@@ -309,7 +309,7 @@ def test_S23_S24_symmetric_is_saturating_plus_non_saturating(t: Table) -> None:
 
 
 def test_S24_turning_the_sign_around_changes_the_objective() -> None:
-    r"""min E log σ(f) is not max E log σ(−f): the two prices differ by f itself, and so do their slopes."""
+    r"""min E log σ(f) is not max E log σ(−f): the two charges differ by f itself, and so do their slopes."""
     f = sympy.symbols("f", real=True)
     sigma = 1 / (1 + sympy.exp(-f))
     saturates, does_not = sympy.log(sigma), -sympy.log(sigma.subs(f, -f))
@@ -328,12 +328,12 @@ def test_S23_S24_agree_about_where_to_stop(t: Table) -> None:
         refuses(t.slope(t.expect(objective, t.f_star)), flat)
 
 
-# Every price is a divergence ---------------------------------------------------------------------------
+# Every charge is a divergence ---------------------------------------------------------------------------
 
 r, F = sympy.symbols("r", positive=True), sympy.symbols("f", real=True)
 LOG, EXP = sympy.log, sympy.exp
 SIGMA = 1 / (1 + EXP(-F))
-SYMBOLIC = {  # price a(f); A(r) with A′(r) = a(log r) + constant and A(1) = 0
+SYMBOLIC = {  # charge C(f); k(r) with k′(r) = C(log r) + constant and k(1) = 0
     "symmetric": (F, r * LOG(r) - r + 1),
     "saturating": (LOG(SIGMA), r * LOG(2 * r / (1 + r)) + LOG(2 / (1 + r))),
     "non-saturating": (-LOG(1 - SIGMA), (1 + r) * LOG((1 + r) / 2)),
@@ -344,25 +344,25 @@ SYMBOLIC = {  # price a(f); A(r) with A′(r) = a(log r) + constant and A(1) = 0
 
 
 @pytest.mark.parametrize("name", SYMBOLIC)
-def test_S23_S24_each_price_is_the_slope_of_its_divergence(name: str) -> None:
-    price, A = SYMBOLIC[name]
-    proved((A.diff(r) - price.subs(F, LOG(r))).diff(r))  # equal up to a constant, which E_p does not see
-    proved(A.subs(r, 1))
-    second = sympy.simplify(A.diff(r, 2))
+def test_S23_S24_each_charge_is_the_slope_of_its_divergence(name: str) -> None:
+    charge, k = SYMBOLIC[name]
+    proved((k.diff(r) - charge.subs(F, LOG(r))).diff(r))  # equal up to a constant, which E_p does not see
+    proved(k.subs(r, 1))
+    second = sympy.simplify(k.diff(r, 2))
     disproved(second)
-    assert second.is_positive or all(second.subs(r, k) > 0 for k in (0.01, 0.5, 1, 2, 100))  # convex
-    wrong = price.subs(F, -F)
-    disproved((A.diff(r) - wrong.subs(F, LOG(r))).diff(r))
+    assert second.is_positive or all(second.subs(r, at) > 0 for at in (0.01, 0.5, 1, 2, 100))  # convex
+    wrong = charge.subs(F, -F)
+    disproved((k.diff(r) - wrong.subs(F, LOG(r))).diff(r))
     at = torch.linspace(-5, 5, 41, dtype=torch.float64)
-    same(RULES[name].price(at), number([float(price.subs(F, value)) for value in at.tolist()]))
+    same(RULES[name].charge(at), number([float(charge.subs(F, value)) for value in at.tolist()]))
 
 
 @pytest.mark.parametrize("name", SYMBOLIC)
 @tables
 def test_S23_S24_each_named_divergence_is_its_integral(name: str, t: Table) -> None:
-    A = sympy.lambdify(r, SYMBOLIC[name][1], "math")
+    k = sympy.lambdify(r, SYMBOLIC[name][1], "math")
     ratio = (t.log_p - t.log_q).exp().tolist()
-    value = sum(m * A(k) for m, k in zip(t.log_q.exp().tolist(), ratio, strict=True))
+    value = sum(m * k(at) for m, at in zip(t.log_q.exp().tolist(), ratio, strict=True))
     same(RULES[name].divergence(t.log_p, t.log_q), number(value))
 
 
@@ -370,7 +370,7 @@ def test_S23_S24_each_named_divergence_is_its_integral(name: str, t: Table) -> N
 @tables
 def test_S23_S24_frozen_gradient_is_that_of_the_divergence(name: str, t: Table) -> None:
     rule = RULES[name]
-    followed = t.slope(frozen(rule.price, t.log_p, t.log_q))
+    followed = t.slope(frozen(rule.charge, t.log_p, t.log_q))
     same(followed, t.slope(rule.divergence(t.log_p, t.log_q)))
     others = (other.divergence for k, other in RULES.items() if k != name)
     refuses(followed, -followed, *(t.slope(divergence(t.log_p, t.log_q)) for divergence in others))
@@ -387,25 +387,25 @@ def test_S23_S24_least_squares_in_two_forms(t: Table) -> None:
 
 
 @bumps
-def test_S23_S24_prices_are_the_librarys_objectives(b: Bumps) -> None:
+def test_S23_S24_charges_are_the_librarys_objectives(b: Bumps) -> None:
     for name, objective in [("symmetric", symmetric), ("saturating", saturating), ("non-saturating", non_saturating)]:
-        paid = WEIGHT @ RULES[name].price(b.f_star(b.p.mean + b.p.stddev * EPS))
+        paid = WEIGHT @ RULES[name].charge(b.f_star(b.p.mean + b.p.stddev * EPS))
         same(b.slope(b.play(objective)), -b.slope(paid))
 
 
-def test_S24_a_falling_price_is_no_divergence() -> None:
+def test_S24_a_falling_charge_is_no_divergence() -> None:
     r"""Least squares with labels −1, 1 and target 0 (Mao et al. 2017) pays (−tanh(f/2))², which falls below f = 0.
 
-    Its A is not convex: with a rare cell that the model gives too little, the frozen generator gives it less still.
+    Its k is not convex: with a rare cell that the model gives too little, the frozen generator gives it less still.
     """
-    A = sympy.integrate(((r - 1) / (r + 1)) ** 2, r)
+    k = sympy.integrate(((r - 1) / (r + 1)) ** 2, r)
     proved((sympy.tanh(F / 2) ** 2 - (((EXP(F) - 1) / (EXP(F) + 1)) ** 2)).rewrite(sympy.exp))
-    assert A.diff(r, 2).subs(r, 0.5) < 0 < A.diff(r, 2).subs(r, 2)
+    assert k.diff(r, 2).subs(r, 0.5) < 0 < k.diff(r, 2).subs(r, 2)
     q = number([0.9, 0.1])
     t = Table(number([0.95, 0.05]).log().requires_grad_(), q.log())
     pearson = t.slope(frozen(lambda f: (f / 2).tanh() ** 2, t.log_p, t.log_q))
     for name in RULES:
-        assert t.slope(frozen(RULES[name].price, t.log_p, t.log_q))[1] < 0  # descent gives the rare cell more
+        assert t.slope(frozen(RULES[name].charge, t.log_p, t.log_q))[1] < 0  # descent gives the rare cell more
     assert pearson[1] > 0  # or less
 
 
@@ -413,7 +413,7 @@ def test_S24_a_falling_price_is_no_divergence() -> None:
 
 
 def conjugate(t: Tensor) -> Tensor:
-    r"""A*(t) = sup_r {t r − (r − 1) log r} = W + 1/W + t − 2 with W = W(e^{1−t}), Lambert's function.
+    r"""k*(t) = sup_r {t r − (r − 1) log r} = W + 1/W + t − 2 with W = W(e^{1−t}), Lambert's function.
 
     W(e^u) is computed as the Wright ω function, for e^u overflows.
     """
@@ -440,4 +440,4 @@ def test_S20_the_critic_of_the_variational_form_is_not_the_log_ratio(t: Table) -
     same(bound(best), truth)
     assert bound(f) < bound(best) and bound(0.9 * best) < bound(best) > bound(best + 0.1)
     refuses(truth, bound(f), bound(best + 1))
-    same(best, RULES["Jeffreys"].price(f) + 1)  # it is the price, so one classifier serves every divergence
+    same(best, RULES["Jeffreys"].charge(f) + 1)  # it is the charge, so one classifier serves every divergence
