@@ -18,7 +18,7 @@ from proof import DIMS, SEEDS, about, estimates, gradient, proved, refuses, refu
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from svae_lib.exact import Conditional, World, cubature, expected_kl, marginal
+from svae_lib.exact import PHI, THETA, Conditional, World, cubature, expected_kl, expected_log_prob, marginal
 from svae_lib.grid import Joints
 from svae_lib.objectives import symmetric_with_reconstruction
 
@@ -212,6 +212,22 @@ def test_S29_gradient_is_S14_plus_halves_plus_pathwise_parts(w: World, weight: f
     refuses(whole, game, game + weight * halves, game + weight * path, game + 2 * weight * halves + weight * path)
 
 
+@worlds
+def test_S14_contains_one_pull_and_no_fit(w: World) -> None:
+    r"""Each player's direction of KL is its reconstruction with moving draws, plus terms in which the other is absent."""
+    w = w.with_grad()
+    fixed = w.frozen()
+    game = w.ell(fixed)
+    decoder = fixed.expected_log_encoder(w.p) + w.p_x_given_z.at(fixed.c).entropy()
+    decoder = decoder + expected_log_prob(w.p_x, fixed.q_x)
+    encoder = fixed.expected_log_decoder(w.q) + w.q_z_given_x.at(fixed.m).entropy()
+    encoder = encoder + expected_log_prob(w.q_z, fixed.p_z)
+    same(gradient(game, w, THETA), gradient(decoder, w, THETA))
+    same(gradient(game, w, PHI), gradient(encoder, w, PHI))
+    refuses(gradient(game, w, THETA), gradient(decoder + w.expected_log_decoder(fixed.q), w, THETA))
+    refuses(gradient(game, w, PHI), gradient(encoder + w.expected_log_encoder(fixed.p), w, PHI))
+
+
 @worlds(weight=WEIGHTS)
 def test_S29_gradient_is_that_of_S28_less_the_missing_halves(w: World, weight: float) -> None:
     r"""So S29 with a frozen critic does not climb S28, for no λ."""
@@ -301,6 +317,27 @@ def test_S26_S28_have_no_maximum_when_all_variances_are_learnt(w: World, weight:
     refuses(path[1].L_xz(weight), path[2].L_xz(weight))
 
 
+@worlds(w=st.builds(World.random, st.integers(1, 4), st.integers(4, 8), SEEDS), weight=WEIGHTS)
+def test_S28_has_no_maximum_with_one_width_and_enough_codes(w: World, weight: float) -> None:
+    r"""Probabilistic PCA with as many codes as coordinates: below the least eigenvalue of the data's covariance
+    every shared variance v has joints that agree, and λ d nats more for each factor 1/e in v."""
+    d, k = len(w.m), len(w.c)
+    variances, axes = torch.linalg.eigh(w.S)
+
+    def agreeing(v: float) -> World:
+        W = torch.cat([axes * (variances - v).sqrt(), w.W.new_zeros(d, k - d)], 1)
+        decoder = replace(w, W=W, b=w.m, s=torch.full((d,), math.log(v), dtype=torch.float64))
+        posterior = decoder.p_z_given_x
+        return replace(decoder, V=posterior.gain, c=posterior.offset, t=posterior.cov.diagonal().log())
+
+    wide, narrow = agreeing(0.3), agreeing(0.003)
+    same(wide.kl_s(), torch.zeros(()).double())
+    same(narrow.kl_s(), torch.zeros(()).double())
+    gain = torch.tensor(weight * d * math.log(100), dtype=torch.float64)
+    same(narrow.L_xz(weight) - wide.L_xz(weight), gain)
+    refuses(narrow.L_xz(weight) - wide.L_xz(weight), gain / 2, -gain)
+
+
 def most_information(w: World, weight: float) -> Tensor:
     r"""½ d [(1 + λ) log(1 + λ) − λ] + λ (h(q(x)) − h(p_θ(x|z))): λ I_p − KL(p_θ(x) ‖ q(x)) is never above it."""
     noise = w.p_x_given_z.at(torch.zeros_like(w.c)).entropy()
@@ -356,7 +393,7 @@ def test_S28_is_bounded_when_fewer_codes_share_one_width(
     def bound(v: Tensor) -> Tensor:
         return upper_bound(replace(w, s=v.log().expand(d)), weight) - weight * left / (2 * v)
 
-    v = torch.tensor(shared).double().exp()
+    v = torch.tensor(shared, dtype=torch.float64).exp()
     assert bound(v) <= bound(left / (2 * d)) + 1e-9
     for moved in (w, replace(w, W=stretch * w.W, V=w.V / stretch)):
         assert x_cycle(moved).sum() >= left - 1e-9
