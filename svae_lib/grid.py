@@ -75,21 +75,26 @@ class Joints:
         r"""Log-masses of the prior p(z); (Z,)."""
         return self.log_p.logsumexp(0)
 
-    def L_x(self, weight: float = 0.0) -> Tensor:
-        r"""S1, S26: E_qφ(x,z) log [p_θ(x|z) p(z) / q_φ(z|x)] + λ E_qφ log p_θ(x|z); dx makes densities of masses."""
+    def L_x(self) -> Tensor:
+        r"""S1: E_qφ(x,z) log [p_θ(x|z) p(z) / q_φ(z|x)]; dx makes densities of masses."""
         log_ratio = self.log_p - (self.log_q - self.q_x[:, None])
-        log_ratio = log_ratio + weight * (self.log_p - self.p_z)
-        return (self.log_q.exp() * log_ratio).sum() - (1 + weight) * (self.x[1] - self.x[0]).log()
+        return (self.log_q.exp() * log_ratio).sum() - (self.x[1] - self.x[0]).log()
 
-    def L_z(self, weight: float = 0.0) -> Tensor:
-        r"""S5, S27: E_pθ(x,z) log [q_φ(z|x) q(x) / p_θ(x|z)] + λ E_pθ log q_φ(z|x); dz makes densities of masses."""
+    def L_z(self) -> Tensor:
+        r"""S5: E_pθ(x,z) log [q_φ(z|x) q(x) / p_θ(x|z)]; dz makes densities of masses."""
         log_ratio = self.log_q - (self.log_p - self.p_z)
-        log_ratio = log_ratio + weight * (self.log_q - self.q_x[:, None])
-        return (self.log_p.exp() * log_ratio).sum() - (1 + weight) * (self.z[1] - self.z[0]).log()
+        return (self.log_p.exp() * log_ratio).sum() - (self.z[1] - self.z[0]).log()
+
+    def data_fit(self) -> Tensor:
+        r"""R of S28: E_qφ log p_θ(x|z) + E_pθ log q_φ(z|x); dx and dz make densities of masses."""
+        log_p = (self.log_q.exp() * (self.log_p - self.p_z)).sum() - (self.x[1] - self.x[0]).log()
+        log_q = (self.log_p.exp() * (self.log_q - self.q_x[:, None])).sum() - (self.z[1] - self.z[0]).log()
+        return log_p + log_q
 
     def L_xz(self, weight: float = 0.0) -> Tensor:
-        r"""S7, S28: L_x + L_z, each with λ times its reconstruction."""
-        return self.L_x(weight) + self.L_z(weight)
+        r"""S7, S28: L_x + L_z + λ R, λ being `weight`."""
+        value = self.L_x() + self.L_z()
+        return value + weight * self.data_fit() if weight else value
 
 
 class Family(nn.Module):
