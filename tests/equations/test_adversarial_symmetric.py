@@ -407,6 +407,21 @@ def test_A10_with_frozen_critics_is_minus_kl_s_plus_what_drives_away_from_the_cr
     refuses(v.L_VAExz(w), -v.kl_s() + constant, -v.kl_s() + KL(w.q, v.q) + KL(w.p, v.p) + constant)
 
 
+@worlds(other=SEEDS)
+def test_A10_with_anchored_players_is_minus_kl_s_however_old_the_critics(w: World, other: int) -> None:
+    r"""Subtract both divergences from where the critics are exact, in closed form: value and gradient of −KL_s."""
+    v = elsewhere(w, other).with_grad()
+    drift = expected_kl(v.q_z_given_x, w.q_z_given_x, w.q_x) + expected_kl(v.p_x_given_z, w.p_x_given_z, w.p_z)
+    same(drift, KL(v.q, w.q) + KL(v.p, w.p))
+    (x, _), (_, z) = batches(v)
+    per_pair = v.encoder()(x).kl(w.encoder()(x)).mean() + v.decoder()(z).kl(w.decoder()(z)).mean()
+    same(per_pair, drift)
+    anchored = adversarial_symmetric(*terms(v, w)) - per_pair
+    same(anchored, -v.kl_s() + expected_log_prob(w.q_x, w.p_x) + expected_log_prob(w.p_z, w.q_z))
+    same(gradient(anchored, v), gradient(-v.kl_s(), v))
+    refuses(gradient(anchored, v), gradient(v.L_VAExz(w), v))
+
+
 @worlds
 def test_A10_gradient_with_frozen_critics_is_that_of_minus_kl_s(w: World) -> None:
     r"""The algorithm follows paper S's objective; the likelihoods it adds are hidden inside the critics."""
