@@ -58,6 +58,9 @@ RULES: dict[str, Rule] = {
 
 
 def frozen(charge: Callable[[Tensor], Tensor], log_p: Tensor, log_q: Tensor) -> Tensor:
-    r"""S23, S24: E_pθ C(f*) of two tables of log-masses, to be minimised; f* = log p − log q is frozen (S21)."""
+    r"""S23, S24: E_pθ C(f*) of two tables of log-masses, to be minimised.
+
+    f* = log p − log q (S21) is frozen, so the gradient is that of the rule's divergence.
+    """
     f_star = (log_p - log_q).detach()
     return (log_p.exp() * charge(f_star)).sum()
