@@ -87,7 +87,8 @@ def notebook_command(args: argparse.Namespace) -> None:
 
 
 def verify_command(args: argparse.Namespace) -> None:
-    from svae_lib import records, verify
+    from svae_lib import verify
+    from svae_lib.notebooks import ROOT
 
     proofs = verify.run_proofs()
     claims = verify.ledger(proofs)
@@ -95,7 +96,7 @@ def verify_command(args: argparse.Namespace) -> None:
     if open_claims := [claim.equation for claim in claims if claim.status in ("FAILED", "no proof")]:
         raise UserError(f"not verified: {', '.join(open_claims)}; the messages above say why")
     if args.store:
-        print(verify.write(proofs, records.results_folder()))
+        print(verify.write(proofs, ROOT / "book"))
 
 
 def book_command(args: argparse.Namespace) -> None:

@@ -160,7 +160,7 @@ def test_the_page_of_proofs_shows_every_proof():
 def test_the_stored_ledger_is_of_the_present_proofs_and_complete():
     from svae_lib import verify
 
-    stored = verify.read(ROOT / "results")
+    stored = verify.read(ROOT / "book")
     present = {
         node.name
         for path in (ROOT / "tests" / "equations").glob("test_*.py")

@@ -37,8 +37,8 @@ class Claims(Directive):
 
     def run(self) -> list[nodes.Node]:
         root = Path(self.env.srcdir)
-        self.env.note_dependency(str(root / "results" / "claims.json"))
-        claims = verify.ledger(verify.read(root / "results"), root)
+        self.env.note_dependency(str(root / "book" / "claims.json"))
+        claims = verify.ledger(verify.read(root / "book"), root)
         table, group = nodes.table(classes=["claims"]), nodes.tgroup(cols=4)
         group += [nodes.colspec(colwidth=width) for width in (6, 24, 45, 25)]
         heads = ("equation", "in words", "proofs, and the worst error they observed", "code")
