@@ -41,13 +41,13 @@ class Proof:
 
     @property
     def equations(self) -> list[str]:
-        r"""test_S16_S17_... -> S16, S17."""
+        r"""`test_S16_S17_...` -> S16, S17."""
         registered = re.match(rf"test((?:_{NUMBER})+)_", self.name)
         return re.findall(NUMBER, registered[1]) if registered else []
 
     @property
     def title(self) -> str:
-        r"""test_S16_S17_threshold_zero_... -> threshold zero ..."""
+        r"""`test_S16_S17_threshold_zero` -> "threshold zero"."""
         return re.sub(rf"^test(_{NUMBER})*_", "", self.name).replace("_", " ")
 
     @property
