@@ -32,10 +32,10 @@ def test_runs_are_intervals_of_neighbouring_cells() -> None:
 
 
 def test_source_is_shown_as_it_stands() -> None:
-    shown = plots.show_source(World.L_x, World.C_x, log_gaussian).data
-    assert shown.startswith("```python\ndef L_x(self)") and shown.endswith("```")
+    shown = plots.show_source(World.log_ratio, World.C_x, log_gaussian).data
+    assert shown.startswith("```python\ndef log_ratio(self,") and shown.endswith("```")
     assert "def C_x(self)" in shown and "def log_gaussian(" in shown
-    assert "\n    return expected_log_prob(self.q, self.p) + entropy\n" in shown
+    assert "\n    return self.p.log_prob(xz) - self.q.log_prob(xz)\n" in shown
 
 
 def test_density_has_the_height_of_a_density() -> None:
