@@ -69,10 +69,10 @@ class Basis:
 
 
 def gaussian_bits(variances: Tensor, energies: Tensor) -> Tensor:
-    r"""Bits per dimension that N(x̄, Σ + I/12) needs for x + u, averaged exactly over u ~ U[0, 1)^D.
+    r"""Bits per dimension that N(x̄, Σ + I/12) needs for x + η, averaged exactly over the noise η ~ U[0, 1)^D.
 
-    1/(D ln 2) Σ_i ½ [log 2πv_i + (c_i² + 1/12)/v_i] with v_i = variance_i + 1/12; variances (D,),
-    energies c² (..., D) -> (...). Not below what the same density needs for the levels themselves (Theis et al. 2016).
+    1/(D ln 2) Σ_j ½ [log 2π(v_j + 1/12) + (c_j² + 1/12)/(v_j + 1/12)]; variances v (D,), energies c² (..., D) -> (...).
+    Not below what the same density needs for the levels themselves (Theis et al. 2016).
     """
     v = variances + CELL
     return 0.5 * ((2 * math.pi * v).log() + (energies + CELL) / v).mean(-1) / math.log(2)
@@ -81,7 +81,7 @@ def gaussian_bits(variances: Tensor, energies: Tensor) -> Tensor:
 def ppca(variances: Tensor, components: int) -> Tensor:
     r"""Spectrum of maximum-likelihood probabilistic PCA: the tail is replaced by its mean; (D,) -> (D,).
 
-    p(x) = ∫ N(x; W z + x̄, s² I) N(z; 0, I) dz with z of `components` numbers: no VAE with a linear decoder and one
+    p(x) = ∫ N(x; W z + x̄, σ² I) N(z; 0, I) dz with z of `components` numbers: no VAE with a linear decoder and one
     standard deviation fits the training images better (Tipping and Bishop 1999).
     """
     tail = variances[components:]
@@ -114,9 +114,9 @@ def block_bits(errors: Tensor, block: int) -> Tensor:
 
 
 def rate_distortion(variances: Tensor, level: float | Tensor) -> tuple[Tensor, Tensor]:
-    r"""Reverse water-filling: (rate in bits per dimension, mean square error in levels²) at a water level θ.
+    r"""Reverse water-filling: (rate in bits per dimension, mean square error in levels²) at a water level ϑ.
 
-    R = 1/D Σ_i max(0, ½ log₂ v_i/θ), D = 1/D Σ_i min(θ, v_i): axes with a variance below θ are not sent.
+    R = 1/D Σ_j max(0, ½ log₂ v_j/ϑ), Δ = 1/D Σ_j min(ϑ, v_j): axes with a variance below ϑ are not sent.
     variances (D,), level (...) -> two of (...). The rate–distortion function of the Gaussian (Cover and Thomas 2006).
     """
     level = torch.as_tensor(level, dtype=variances.dtype).unsqueeze(-1)
@@ -125,7 +125,7 @@ def rate_distortion(variances: Tensor, level: float | Tensor) -> tuple[Tensor, T
 
 
 def water_level(variances: Tensor, mean_square: float) -> float:
-    r"""The level θ at which `rate_distortion` has this mean square error, 0 < mean_square < mean variance."""
+    r"""The level ϑ at which `rate_distortion` has this mean square error, 0 < mean_square < mean variance."""
     rising = variances.flip(0)
     above = torch.arange(len(rising), 0, -1, dtype=rising.dtype)  # axes not below each candidate level
     below = rising.cumsum(0) - rising
@@ -135,7 +135,7 @@ def water_level(variances: Tensor, mean_square: float) -> float:
 
 
 def entropy_floor(images: Tensor) -> Tensor:
-    r"""Σ_i H(x_i) in nats, grey levels read as probabilities: no Bernoulli NLL of the image is below; (N, ...) -> (N,).
+    r"""Σ_j H(x_j) in nats, grey levels read as probabilities: no Bernoulli NLL of the image is below; (N, ...) -> (N,).
 
     The least value of −Σ [x log π + (1 − x) log(1 − π)], reached at π = x (A §5.1).
     """
