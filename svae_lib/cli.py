@@ -16,9 +16,9 @@ DATASETS = "digits, patches32, patches64, mnist or cifar10"  # written out: impo
 def methods_command(_: argparse.Namespace) -> None:
     from svae_lib.methods import METHODS
 
-    print(f"{'method':<12}{'critic':<8}{'players':<15}what it does")
+    print(f"{'method':<16}{'critic':<8}{'players':<14}what it does")
     for method in METHODS.values():
-        print(f"{method.name:<12}{method.critic_equation:<8}{method.player_equation:<15}{method.summary}")
+        print(f"{method.name:<16}{method.critic_equation:<8}{method.player_equation:<14}{method.summary}")
 
 
 def run_command(args: argparse.Namespace) -> None:

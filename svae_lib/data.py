@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from svae_lib.errors import UserError
+from svae_lib.mixtures import MIXTURES
 
 MNIST_MD5 = {  # of the decompressed files; the .gz may have been written by any gzip
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -41,7 +42,7 @@ DOWNLOADS = {"mnist": "MNIST", "cifar10": "CIFAR10"}  # our name -> torchvision'
 
 @dataclass(frozen=True)
 class Split:
-    r"""Images (N, C, H, W) uint8 and integer labels (N,)."""
+    r"""Images (N, C, H, W) uint8, or points (N, d) float, and integer labels (N,)."""
 
     images: Tensor
     labels: Tensor
@@ -64,13 +65,13 @@ class Dataset:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        r"""(C, H, W) of one image."""
+        r"""(C, H, W) of one image, or (d,) of one point."""
         return tuple(self.train.images.shape[1:])
 
 
 def grey(images: Tensor) -> Tensor:
-    r"""uint8 {0..255} -> float [0, 1]: the grey targets of the papers."""
-    return images.float() / 255
+    r"""uint8 {0..255} -> float [0, 1]: the grey targets of the papers. Points, which are floats, stay as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def binarise(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -100,9 +101,9 @@ def fetch(name: str) -> str:
     if name in DOWNLOADS and not os.environ.get("SVAE_DATA"):
         _download(name, root())
     data = load(name)
-    where = root() if name in DOWNLOADS else "inside scikit-learn (no download)"
+    where = root() if name in DOWNLOADS else "drawn" if name in MIXTURES else "inside scikit-learn (no download)"
     sizes = ", ".join(f"{len(getattr(data, s))} {s}" for s in ("train", "validation", "test"))
-    return f"{name}: {sizes} images of shape {data.shape}, verified, {where}"
+    return f"{name}: {sizes} samples of shape {data.shape}, verified, {where}"
 
 
 def _split(name: str, images: np.ndarray, labels: np.ndarray, held_out: int) -> Dataset:
@@ -135,6 +136,13 @@ def _patches(side: int) -> Dataset:
         labels += [label] * len(tiles)
     count = len(labels)
     return _split(f"patches{side}", np.concatenate(patches), np.array(labels), count // 8)
+
+
+def _points(name: str, train: int) -> Dataset:
+    """Draws of a mixture whose modes and density are known."""
+    generator = torch.Generator().manual_seed(0)
+    splits = (Split(*MIXTURES[name].sample(count, generator)) for count in (train, 2_500, 2_500))
+    return Dataset(name, *splits)
 
 
 def _mnist() -> Dataset:
@@ -218,4 +226,7 @@ DATASETS: dict[str, Callable[[], Dataset]] = {
     "patches64": lambda: _patches(64),
     "mnist": _mnist,
     "cifar10": _cifar10,
+    "ring8": lambda: _points("ring8", 50_000),
+    "grid25": lambda: _points("grid25", 50_000),
+    "alice5": lambda: _points("alice5", 2_048),
 }

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from svae_lib.errors import UserError
+
 LOG_2PI = math.log(2 * math.pi)
 
 
@@ -31,6 +33,12 @@ class DiagonalGaussian(NamedTuple):
         r"""μ + σ ε with ε ~ N(0, I), differentiable in μ and σ; `noise` gives ε."""
         noise = torch.randn_like(self.mean) if noise is None else noise
         return self.mean + (0.5 * self.log_var).exp() * noise
+
+    def rsample_and_log_prob(self, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""A draw and its own log-density, −½ Σ [ε² + log σ² + log 2π]; -> (B, ...), (B,)."""
+        noise = torch.randn_like(self.mean) if noise is None else noise
+        log_prob = -0.5 * (noise.square() + self.log_var + LOG_2PI).flatten(1).sum(1)
+        return self.rsample(noise), log_prob
 
     def entropy(self) -> Tensor:
         r"""h = ½ Σ [log σ² + log 2πe]; -> (B,)."""
@@ -69,6 +77,24 @@ class BernoulliImage(NamedTuple):
         r"""The mean image. Bernoulli draws have no pathwise gradient, so the draw that the
         critic compares with a grey image is the mean (chapter MNIST)."""
         return self.mean
+
+
+class Point(NamedTuple):
+    r"""All mass at one point, (B, ...): a network that adds no noise, or whose noise went in at its input.
+
+    It can be drawn from and has no density: `log_prob` raises UserError.
+    """
+
+    mean: Tensor
+
+    def rsample(self, noise: Tensor | None = None) -> Tensor:
+        return self.mean
+
+    def rsample_and_log_prob(self, noise: Tensor | None = None) -> tuple[Tensor, None]:
+        return self.mean, None
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        raise UserError("this needs a density where the net only draws; set encoder=gaussian and decoder=gaussian")
 
 
 class DiscretisedGaussian(NamedTuple):

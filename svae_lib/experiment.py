@@ -10,39 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from svae_lib import data, methods, metrics, records
 from svae_lib.classifier import accuracy, load_classifier
 from svae_lib.device import choose_device, describe
 from svae_lib.errors import UserError
-from svae_lib.nets import NORMS, POOLS, A1Critic, A1Decoder, A1Encoder, init_xavier
+from svae_lib.mixtures import MIXTURES, Mixture
+from svae_lib.models import Nets, build_model
 from svae_lib.train import Diverged, Trainer, Training
 
-
-@dataclass(frozen=True)
-class Nets:
-    r"""Sizes and switches of the A.1 nets; the defaults are the literal reading of the appendix."""
-
-    z_dim: int = 64
-    hidden: int = 128  # width of every "MLP": unstated
-    norm: str = "batch"
-    dropout: float = 0.0  # in encoder and decoder
-    critic_norm: str = "batch"
-    critic_dropout: float = 0.2  # "dropout", without a rate or a place (S §6); ALI has it in the critic
-    critic_pool: str = "average"
-    instance_noise: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, known in (("norm", NORMS), ("critic_norm", NORMS), ("critic_pool", POOLS)):
-            if getattr(self, name) not in known:
-                raise UserError(f"{name} must be one of {', '.join(known)}, not '{getattr(self, name)}'")
-        for name in ("dropout", "critic_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
-        for name in ("z_dim", "hidden"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be positive, not {getattr(self, name)}")
+Metrics = dict[str, metrics.Metric]
+Classifier = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,19 +33,34 @@ class Evaluation:
     iw_images: int = 1_000  # images on which the gap to the ELBO is measured
 
 
-PROFILES: dict[str, dict[str, Any]] = {
-    "quick": {"updates": 400, "log_every": 40, "score_samples": 300, "iw_samples": 500, "iw_images": 20},
-    "cpu": {"updates": 2_500, "precision": "bf16", "iw_images": 50},
-    "paper": {"updates": 200_000, "log_every": 1_000, "precision": "bf16", "score_samples": 50_000},
+PROFILES: dict[str, dict[str, dict[str, Any]]] = {
+    "images": {
+        "quick": {"updates": 400, "log_every": 40, "score_samples": 300, "iw_samples": 500, "iw_images": 20},
+        "cpu": {"updates": 2_500, "precision": "bf16", "iw_images": 50},
+        "paper": {"updates": 200_000, "log_every": 1_000, "precision": "bf16", "score_samples": 50_000},
+    },
+    "points": {
+        "quick": {"updates": 400, "log_every": 100, "score_samples": 2_500},
+        "cpu": {"updates": 20_000, "log_every": 1_000, "score_samples": 2_500},
+        "paper": {"updates": 200_000, "log_every": 10_000, "score_samples": 2_500},
+    },
 }
 
-# "literal" is what the appendix prints. "stabilised" keeps nets of the same size and bounds the slope of the
-# critic, which then no longer reads the quantisation of x, and sees where in the image a stroke is.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "literal": {},
-    "stabilised": {
-        "critic_dropout": 0.0, "critic_norm": "none", "critic_pool": "none",
-        "instance_noise": 0.1, "penalty": 0.01, "lr": 3e-4, "critic_lr": 3e-4, "beta1": 0.5, "ema": 0.995,
+# "literal" is what the appendix prints; for points, of which it says nothing, plain MLPs. "stabilised" keeps nets of
+# the same size and bounds the slope of the critic, which then no longer reads the quantisation of x, and sees where
+# in the image a stroke is.
+PLAIN_MLPS = {"z_dim": 2, "depth": 3, "norm": "none", "critic_norm": "none", "critic_dropout": 0.0, "batch": 128}
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "images": {
+        "literal": {},
+        "stabilised": {
+            "critic_dropout": 0.0, "critic_norm": "none", "critic_pool": "none",
+            "instance_noise": 0.1, "penalty": 0.01, "lr": 3e-4, "critic_lr": 3e-4, "beta1": 0.5, "ema": 0.995,
+        },
+    },
+    "points": {
+        "literal": PLAIN_MLPS | {"lr": 1e-3, "critic_lr": 1e-3},
+        "stabilised": PLAIN_MLPS | {"lr": 1e-3, "critic_lr": 1e-3, "beta1": 0.5, "penalty": 0.01, "ema": 0.999},
     },
 }  # fmt: skip
 
@@ -88,20 +82,23 @@ class Experiment:
     def make(
         dataset: str, method: str, profile: str = "quick", setting: str = "literal", seed: int = 0, **changes: Any
     ) -> Experiment:
-        r"""Profile, then setting, then `changes` (any field of Nets, Training, Evaluation).
+        r"""Profile, then setting, then the method's own, then `changes` (any field of Nets, Training, Evaluation).
 
         Raises UserError for an unknown dataset, method, profile, setting or key, or a value of the wrong type.
         """
+        kind_of_data = "points" if dataset in MIXTURES else "images"
+        profiles, settings = PROFILES[kind_of_data], SETTINGS[kind_of_data]
         for kind, name, known in (
             ("dataset", dataset, data.DATASETS),
             ("method", method, methods.METHODS),
-            ("profile", profile, PROFILES),
-            ("setting", setting, SETTINGS),
+            ("profile", profile, profiles),
+            ("setting", setting, settings),
         ):
             if name not in known:
                 raise UserError(f"unknown {kind} '{name}'; choose one of: {', '.join(known)}")
         experiment = Experiment(dataset, method, profile, setting, seed)
-        for key, value in (PROFILES[profile] | SETTINGS[setting] | changes).items():
+        named = profiles[profile] | settings[setting] | methods.METHODS[method].defaults
+        for key, value in (named | changes).items():
             experiment = experiment._with(key, value)
         return experiment
 
@@ -149,28 +146,12 @@ def _typed(key: str, value: Any, kind: type) -> Any:
     raise UserError(f"{key} must be of type {kind.__name__}, not '{value}'") from None
 
 
-def build_model(experiment: Experiment, shape: tuple[int, int, int]) -> methods.Model:
-    r"""Freshly initialised A.1 nets (Xavier), determined by the seed."""
-    nets = experiment.nets
-    torch.manual_seed(experiment.seed)
-    encoder = A1Encoder(shape, nets.z_dim, nets.hidden, nets.norm, nets.dropout)
-    decoder = A1Decoder(shape, nets.z_dim, nets.hidden, nets.norm, nets.dropout)
-    critic: nn.Module | None = None
-    if methods.METHODS[experiment.method].critic is not None:
-        critic = A1Critic(
-            shape, nets.z_dim, nets.hidden, nets.critic_norm, nets.critic_dropout, nets.critic_pool, nets.instance_noise
-        )
-    built = [net if net is None else init_xavier(net) for net in (encoder, decoder, critic)]
-    return methods.Model(*built, nets.z_dim)
-
-
 def prepare(experiment: Experiment, dataset: data.Dataset, device: torch.device) -> Trainer:
     r"""The trainer of an experiment, ready to `fit`."""
-    model = build_model(experiment, dataset.shape)
-    for net in (model.encoder, model.decoder, model.critic):
-        if net is not None:
-            net.to(device, memory_format=torch.channels_last)
     method, identity = methods.METHODS[experiment.method], json.dumps(experiment.flat())
+    model = build_model(experiment.nets, method, dataset.shape, experiment.seed)
+    for net in (model.players, *model.critics):
+        net.to(device, memory_format=torch.channels_last)
     split, held_out = dataset.train.to(device), dataset.validation.to(device)
     return Trainer(model, method, experiment.training, split, held_out, experiment.seed, identity)
 
@@ -178,22 +159,45 @@ def prepare(experiment: Experiment, dataset: data.Dataset, device: torch.device)
 def evaluate(experiment: Experiment, trainer: Trainer, dataset: data.Dataset) -> dict[str, metrics.Metric]:
     r"""Every number of a record, on the test split."""
     torch.manual_seed(experiment.seed)
-    how, images = experiment.evaluation, dataset.test.to(trainer.device).images
-    players = trainer.evaluated_players()
-    encoder, decoder = players["encoder"], players["decoder"]
-    distortion, rate = metrics.elbo_parts(encoder, decoder, images, dynamic=False)
-    values = {"elbo_grey": metrics.summary(distortion + rate)}
-    values |= {"distortion_grey": metrics.summary(distortion), "rate": metrics.summary(rate)}
-    values |= metrics.dynamic_nll(encoder, decoder, images, how.iw_samples, min(how.iw_images, len(images)))
-    values |= metrics.reconstruction_error(encoder, decoder, images)
-    classifier = load_classifier(dataset, trainer.device)
-    samples = metrics.sample_images(decoder, experiment.nets.z_dim, how.score_samples, trainer.device)
-    values["score"] = metrics.classifier_score(classifier, samples)
+    players, test = trainer.evaluated_players(), dataset.test.to(trainer.device).images
+    if dataset.name in MIXTURES:
+        return _evaluate_points(experiment, players, test, MIXTURES[dataset.name])
+    return _evaluate_images(experiment, players, test, load_classifier(dataset, trainer.device))
+
+
+@torch.no_grad()
+def _evaluate_points(experiment: Experiment, players: nn.ModuleDict, x: Tensor, target: Mixture) -> Metrics:
+    z = torch.randn(experiment.evaluation.score_samples, experiment.nets.z_dim)
+    draws = players["decoder"](z).rsample()
+    values = metrics.coverage(target, draws)
+    values["score"] = metrics.classifier_score(target.log_posterior, draws)
+    if "encoder" in players:
+        x_hat = players["decoder"](players["encoder"](x).rsample()).rsample()
+        values["l2"] = metrics.summary((x_hat - x).norm(dim=1))
+        values["mse"] = metrics.summary((x_hat - x).square().sum(1))
+    return values
+
+
+def _evaluate_images(experiment: Experiment, players: nn.ModuleDict, images: Tensor, log_probs: Classifier) -> Metrics:
+    how, decoder = experiment.evaluation, players["decoder"]
+    values = {}
+    if "encoder" in players:
+        encoder = players["encoder"]
+        distortion, rate = metrics.elbo_parts(encoder, decoder, images, dynamic=False)
+        values = {"elbo_grey": metrics.summary(distortion + rate)}
+        values |= {"distortion_grey": metrics.summary(distortion), "rate": metrics.summary(rate)}
+        values |= metrics.dynamic_nll(encoder, decoder, images, how.iw_samples, min(how.iw_images, len(images)))
+        values |= metrics.reconstruction_error(encoder, decoder, images)
+    samples = metrics.sample_images(decoder, experiment.nets.z_dim, how.score_samples, images.device)
+    values["score"] = metrics.classifier_score(log_probs, samples)
     return values
 
 
 def real_data(dataset: data.Dataset, device: torch.device) -> dict[str, Any]:
     r"""The row that every score is judged by: the same classifier on the real test images."""
+    if dataset.name in MIXTURES:
+        target, x = MIXTURES[dataset.name], dataset.test.images
+        return metrics.coverage(target, x) | {"score": metrics.classifier_score(target.log_posterior, x)}
     classifier, test = load_classifier(dataset, device), dataset.test.to(device)
     score = metrics.classifier_score(classifier, test.images)
     return {"score": score, "classifier_accuracy": accuracy(classifier, test)}
@@ -212,7 +216,8 @@ def run(
     folder = records.results_folder() if folder is None else folder
     done = records.read(folder, experiment.dataset, experiment.name)
     if done is not None:
-        if done["experiment"] != experiment.flat():
+        flat = experiment.flat()  # a key that is newer than the record had its present default
+        if done["experiment"] != {key: flat.get(key) for key in done["experiment"]}:
             raise UserError(f"record {experiment.name} was made with other defaults; delete it to run again")
         return done
     chosen = choose_device(device)
@@ -223,7 +228,8 @@ def run(
         trainer.fit(data.cache() / "runs" / f"{experiment.name}.pt", on_log)
         record["metrics"] = evaluate(experiment, trainer, dataset)
         record["real_data"] = real_data(dataset, chosen)
-        records.write_pictures(folder, experiment, trainer.evaluated_players(), dataset.test.to(chosen).images)
+        if dataset.name not in MIXTURES:
+            records.write_pictures(folder, experiment, trainer.evaluated_players(), dataset.test.to(chosen).images)
     except Diverged as error:
         record |= {"status": "diverged", "reason": str(error), "metrics": {}}
     record |= {"history": trainer.history, "seconds": round(trainer.seconds, 1)}

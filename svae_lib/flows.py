@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from svae_lib.densities import DiagonalGaussian
 from svae_lib.errors import UserError
-from svae_lib.nets import LOG_VAR_LIMIT
+from svae_lib.nets import GaussianHead
 
 NEWTON_LIMIT = 100  # steps; the hardest equations in tests/test_flows.py need fewer than 40
 
@@ -27,7 +27,7 @@ class FlowDensity(NamedTuple):
     r"""The density of T(z), z ~ base: what a flow encoder returns, to be used like `DiagonalGaussian`."""
 
     base: DiagonalGaussian
-    map: Planar | Spline
+    map: Planar | Zuko
 
     def rsample(self, noise: Tensor | None = None) -> Tensor:
         r"""A draw, differentiable in all parameters; `noise` gives the ε of the base."""
@@ -140,16 +140,16 @@ class Planar(NamedTuple):
         return y, torch.stack(slopes).log().sum(0)
 
 
-class Spline(NamedTuple):
-    r"""A transform of zuko, which maps values to the base, turned round; cheap both ways."""
+class Zuko(NamedTuple):
+    r"""A transform of zuko from the base to the values; its two directions may differ in cost."""
 
     transform: torch.distributions.Transform
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform.inv.call_and_ladj(z)
+        return self.transform.call_and_ladj(z)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        z, log_det = self.transform.call_and_ladj(y)
+        z, log_det = self.transform.inv.call_and_ladj(y)
         return z, -log_det
 
 
@@ -174,7 +174,10 @@ class PlanarLayers(nn.Module):
 
 
 class SplineLayers(nn.Module):
-    r"""features (B, width) ↦ `Spline` of `length` coupling layers inside [−5, 5] (Durkan et al. 2019, zuko)."""
+    r"""features (B, width) ↦ `Zuko`: `length` spline coupling layers inside [−5, 5], cheap both ways.
+
+    Source: Durkan et al. 2019.
+    """
 
     def __init__(self, dim: int, length: int, width: int, hidden: int) -> None:
         super().__init__()
@@ -182,8 +185,24 @@ class SplineLayers(nn.Module):
             raise UserError(f"no spline flow has {length} layers over {dim} numbers")
         self.flow = zuko.flows.NSF(dim, width, transforms=length, passes=2, hidden_features=[hidden, hidden])
 
-    def forward(self, features: Tensor) -> Spline:
-        return Spline(self.flow.transform(features))
+    def forward(self, features: Tensor) -> Zuko:
+        return Zuko(self.flow.transform(features).inv)
+
+
+class InverseAutoregressiveLayers(nn.Module):
+    r"""features (B, width) ↦ `Zuko`: `length` affine autoregressive layers (Kingma et al. 2016).
+
+    Drawing takes one pass through each layer, the density at another's point as many passes as there are numbers.
+    """
+
+    def __init__(self, dim: int, length: int, width: int, hidden: int) -> None:
+        super().__init__()
+        if dim < 1 or length < 1:
+            raise UserError(f"no inverse autoregressive flow has {length} layers over {dim} numbers")
+        self.flow = zuko.flows.MAF(dim, width, transforms=length, hidden_features=[hidden])
+
+    def forward(self, features: Tensor) -> Zuko:
+        return Zuko(self.flow.transform(features))
 
 
 class FlowEncoder(nn.Module):
@@ -191,10 +210,9 @@ class FlowEncoder(nn.Module):
 
     def __init__(self, body: nn.Module, width: int, dim: int, layers: nn.Module | None) -> None:
         super().__init__()
-        self.body, self.head, self.layers = body, nn.Linear(width, 2 * dim), layers
+        self.body, self.head, self.layers = body, GaussianHead(width, dim), layers
 
     def forward(self, u: Tensor) -> DiagonalGaussian | FlowDensity:
         features = self.body(u)
-        mean, log_var = self.head(features).to(self.head.weight.dtype).chunk(2, 1)
-        base = DiagonalGaussian(mean, log_var.clamp(-LOG_VAR_LIMIT, LOG_VAR_LIMIT))
+        base = self.head(features)
         return base if self.layers is None else FlowDensity(base, self.layers(features))

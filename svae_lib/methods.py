@@ -1,117 +1,24 @@
-r"""A method is a critic objective and a player objective over the same draws; one entry a row of the tables.
+r"""The methods with an encoder, one entry a row of the papers' tables; those without are in `svae_lib.gans`.
 
-The players are the decoder (θ) and the encoder (φ). Both objectives are maximised in turn,
-on the draws of one batch; `svae_lib.train.update` is the loop, `METHODS` the registry.
+A method is a critic objective and a player objective over the same draws (`svae_lib.draws.Method`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from torch import Tensor
 
-import torch
-from torch import Tensor, nn
+from svae_lib import gans, objectives
+from svae_lib.draws import Draws, Method, lrt
 
-from svae_lib import objectives
-from svae_lib.densities import DiagonalGaussian
-
-
-@dataclass
-class Model:
-    r"""Decoder p_θ(x|z), encoder q_φ(z|x) and critic f_ψ(x, z)."""
-
-    encoder: nn.Module
-    decoder: nn.Module
-    critic: nn.Module | None
-    z_dim: int
-
-    @property
-    def players(self) -> nn.ModuleDict:
-        return nn.ModuleDict({"encoder": self.encoder, "decoder": self.decoder})
-
-
-@dataclass
-class Draws:
-    r"""A batch from each joint: (x, z_q) ~ q_φ(x, z) and (x_p, z_p) ~ p_θ(x, z), pathwise differentiable.
-
-    `x` (B, ...) comes from the data and `z_p` (B, z_dim) from the prior. Everything else is computed
-    when first asked for, so a method pays only for what its equation mentions. `noise_q`, `noise_p`
-    replace the random ε of the two conditionals (used to integrate exactly).
-    """
-
-    model: Model
-    x: Tensor
-    z_p: Tensor
-    weight: float = 0.0  # λ of S29
-    noise_q: Tensor | None = field(default=None, repr=False)
-    noise_p: Tensor | None = field(default=None, repr=False)
-
-    @cached_property
-    def q_z_given_x(self) -> DiagonalGaussian:
-        return self.model.encoder(self.x)
-
-    @cached_property
-    def z_q(self) -> Tensor:
-        return self.q_z_given_x.rsample(self.noise_q)
-
-    @cached_property
-    def x_p(self) -> Tensor:
-        return self.model.decoder(self.z_p).rsample(self.noise_p)
-
-    @cached_property
-    def f_q(self) -> Tensor:
-        return self.model.critic(self.x, self.z_q)
-
-    @cached_property
-    def f_p(self) -> Tensor:
-        return self.model.critic(self.x_p, self.z_p)
-
-    @cached_property
-    def log_p_x_given_z(self) -> Tensor:
-        r"""log p_θ(x|z) on encoder pairs; its gradient also reaches φ through z_q."""
-        return self.model.decoder(self.z_q).log_prob(self.x)
-
-    @cached_property
-    def log_q_z_given_x(self) -> Tensor:
-        r"""log q_φ(z|x) on decoder pairs; its gradient also reaches θ through x_p."""
-        return self.model.encoder(self.x_p).log_prob(self.z_p)
-
-    @cached_property
-    def log_p_x_given_z_detached(self) -> Tensor:
-        r"""The same value with z_q held fixed: its θ-gradient is the missing half of −∇_θ KL(q_φ ‖ p_θ)."""
-        return self.model.decoder(self.z_q.detach()).log_prob(self.x)
-
-    @cached_property
-    def log_q_z_given_x_detached(self) -> Tensor:
-        r"""The same value with x_p held fixed: its φ-gradient is the missing half of −∇_φ KL(p_θ ‖ q_φ)."""
-        return self.model.encoder(self.x_p.detach()).log_prob(self.z_p)
-
-
-@dataclass(frozen=True)
-class Method:
-    r"""One row of the papers' tables. `critic` maps (f_q, f_p), `player` maps Draws, to a maximised scalar."""
-
-    name: str
-    summary: str
-    critic_equation: str
-    player_equation: str
-    player: Callable[[Draws], Tensor]
-    critic: Callable[[Tensor, Tensor], Tensor] | None = objectives.critic_lrt
-
-
-METHODS: dict[str, Method] = {}
-
-
-def register(method: Method) -> Method:
-    r"""Add a method to the registry under its name."""
-    METHODS[method.name] = method
-    return method
+# Variational ---------------------------------------------------------------------------------------
 
 
 def vae(d: Draws) -> Tensor:
-    r"""S1, with the KL to the prior in closed form."""
-    return objectives.elbo(d.log_p_x_given_z, d.q_z_given_x.kl_to_standard())
+    r"""S1; the KL to the prior in closed form where the encoder is Gaussian."""
+    return objectives.elbo(d.log_p_x_given_z, d.kl_to_prior)
+
+
+# Symmetric -----------------------------------------------------------------------------------------
 
 
 def svae(d: Draws) -> Tensor:
@@ -141,23 +48,91 @@ def svae_elbo(d: Draws) -> Tensor:
     return vae(d) + objectives.l_z(d.f_p, d.log_q_z_given_x_detached)
 
 
-for row in (
+# Adversarial symmetric: two critics ------------------------------------------------------------------
+
+
+def as_vae_critics(d: Draws) -> Tensor:
+    r"""A5, A6: f_1 tells encoder pairs, f_2 decoder pairs, from pairs with the codes of others in the batch."""
+    f_1 = objectives.critic_lrt(f_q=d.score(d.x_p, d.z_p.roll(1, 0)), f_p=d.score(d.x, d.z_q))
+    f_2 = objectives.critic_lrt(f_q=d.score(d.x, d.z_q.roll(1, 0), critic=1), f_p=d.score(d.x_p, d.z_p, critic=1))
+    return f_1 + f_2
+
+
+def as_vae_r(d: Draws) -> Tensor:
+    r"""A10, first half: E_qφ[log p_θ(x|z) − f_1(x, z)]."""
+    return (d.log_p_x_given_z - d.score(d.x, d.z_q)).mean()
+
+
+def as_vae_g(d: Draws) -> Tensor:
+    r"""A10, second half: E_pθ[log q_φ(z|x) − f_2(x, z)]."""
+    return (d.log_q_z_given_x - d.score(d.x_p, d.z_p, critic=1)).mean()
+
+
+def as_vae(d: Draws) -> Tensor:
+    r"""A10, A11: both halves."""
+    return objectives.adversarial_symmetric(
+        d.log_p_x_given_z, d.score(d.x, d.z_q), d.log_q_z_given_x, d.score(d.x_p, d.z_p, critic=1)
+    )
+
+
+# Adversarially learned inference -----------------------------------------------------------------------
+
+
+def ali(d: Draws) -> Tensor:
+    r"""S19: the labels exchanged, as ALI is trained."""
+    return objectives.non_saturating(d.f_q, d.f_p)
+
+
+def ali_saturating(d: Draws) -> Tensor:
+    r"""S18: the players descend what the critic climbs."""
+    return objectives.saturating(d.f_q, d.f_p)
+
+
+def alice(d: Draws) -> Tensor:
+    r"""S19 minus λ E‖x − x̂‖², x → z̃ → x̂: explicit cycle consistency. Source: Li et al. 2017."""
+    return ali(d) - d.weight * (d.x - d.x_q).square().flatten(1).sum(1).mean()
+
+
+def alice_l1(d: Draws) -> Tensor:
+    r"""S19 minus λ E‖x − x̂‖₁. Source: Li et al. 2017."""
+    return ali(d) - d.weight * (d.x - d.x_q).abs().flatten(1).sum(1).mean()
+
+
+def alice_a_critics(d: Draws) -> Tensor:
+    r"""S10, and a second critic that tells pairs (x, x) from pairs (x, x̂)."""
+    same = d.score(d.x, d.x, critic=1)
+    return lrt(d) + objectives.critic_lrt(same, d.score(d.x, d.x_q, critic=1))
+
+
+def alice_a(d: Draws) -> Tensor:
+    r"""S19 plus λ E log σ(−f_2(x, x̂)): learned cycle consistency. Source: Li et al. 2017."""
+    cycle = objectives.non_saturating(d.score(d.x, d.x, critic=1), d.score(d.x, d.x_q, critic=1))
+    return ali(d) + d.weight * cycle
+
+
+ROWS = (
     Method("vae", "variational autoencoder: maximise the evidence lower bound", "–", "S1", vae, critic=None),
     Method("svae", "symmetric VAE: raise the critic on encoder pairs, lower it on decoder pairs", "S10", "S14", svae),
     Method("svae-r", "symmetric VAE with λ times the reconstruction of x and of z", "S10", "S29", svae_r),
     Method("wake-sleep", "decoder and encoder each fit the pairs of the other", "–", "halves", wake_sleep, critic=None),
     Method("svae-exact", "exact gradient of −KL_s: S14 plus its two missing halves", "S10", "S14 + halves", svae_exact),
     Method("svae-elbo", "the same gradient, L_x in closed form, a critic for L_z", "S10", "S1 + S13", svae_elbo),
-):
-    register(row)
+    Method("as-vae", "adversarial symmetric VAE: two critics", "A5, A6", "A10", as_vae, as_vae_critics, ("xz", "xz")),
+    Method("as-vae-r", "its first half: reconstruct", "A5", "A10, half", as_vae_r, as_vae_critics, ("xz", "xz")),
+    Method("as-vae-g", "its second half: generate", "A6", "A10, half", as_vae_g, as_vae_critics, ("xz", "xz")),
+    Method("ali", "adversarially learned inference, labels exchanged", "S10", "S19", ali),
+    Method("ali-saturating", "adversarially learned inference as a zero-sum game", "S10", "S18", ali_saturating),
+    Method("alice", "ALI with an L2 cycle", "S10", "S19 + cycle", alice, defaults={"weight": 1.0}),
+    Method("alice-l1", "ALI with an L1 cycle", "S10", "S19 + cycle", alice_l1, defaults={"weight": 1.0}),
+    Method(
+        "alice-a", "ALI with a learned cycle", "S10", "S19 + cycle", alice_a, alice_a_critics, ("xz", "xx"),
+        defaults={"weight": 1.0},
+    ),
+)  # fmt: skip
+
+METHODS: dict[str, Method] = {method.name: method for method in (*ROWS, *gans.ROWS)}
 
 
-def scores_and_slope(critic: nn.Module, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Scores f(x, z) and the mean squared slope E ‖∇_(x,z) f‖², the R1/R2 penalty on whatever is passed.
-
-    x (B, ...), z (B, z_dim) -> (B,), scalar. Source: Mescheder et al. 2018.
-    """
-    x, z = x.detach().requires_grad_(), z.detach().requires_grad_()
-    scores = critic(x, z)
-    slopes = torch.autograd.grad(scores.sum(), (x, z), create_graph=True)
-    return scores, sum(g.square().sum() for g in slopes) / len(x)
+def register(method: Method) -> None:
+    r"""Add a method to the registry under its name."""
+    METHODS[method.name] = method

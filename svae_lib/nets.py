@@ -5,19 +5,26 @@ Their outputs are fp32 under autocast too: only convolutions and matrix products
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from svae_lib.densities import BernoulliImage, DiagonalGaussian
+from svae_lib.densities import BernoulliImage, DiagonalGaussian, Point
 from svae_lib.errors import UserError
 
-LOG_VAR_LIMIT = 8.0  # keeps e^{log σ²} and its inverse finite in fp32; never reached in a healthy run
+LOG_VAR_LIMIT = 12.0  # keeps e^{log σ²} and its inverse finite in fp32; never reached in a healthy run
 
 NORMS = {
     "batch": nn.BatchNorm2d,
     "group": partial(nn.GroupNorm, 8),
+    "none": nn.Identity,
+}
+
+POINT_NORMS = {
+    "batch": nn.BatchNorm1d,
+    "group": nn.LayerNorm,  # one group
     "none": nn.Identity,
 }
 
@@ -54,30 +61,53 @@ def quarter(shape: tuple[int, int, int]) -> tuple[int, int]:
     return height // 4, width // 4
 
 
-class A1Encoder(nn.Module):
-    r"""q_φ(z|x) of A.1 with a diagonal Gaussian: conv 32 s2, conv 64 s2, MLP -> (μ_z, log σ²_z).
+def a1_features(
+    shape: tuple[int, int, int], hidden: int, norm: str = "batch", dropout: float = 0.0
+) -> nn.Sequential:
+    r"""q_φ(z|x) of A.1 up to its heads: conv 32 s2, conv 64 s2, MLP; x (B, C, H, W) in [0, 1] -> (B, hidden).
 
-    x (B, C, H, W) in [0, 1] -> DiagonalGaussian over (B, z_dim). Source: S appendix A.1.
+    Source: S appendix A.1.
     """
+    height, width = quarter(shape)
+    return nn.Sequential(
+        down(shape[0], 32, norm, dropout),
+        down(32, 64, norm, dropout),
+        nn.Flatten(),
+        nn.Linear(64 * height * width, hidden),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+    )
 
-    def __init__(
-        self, shape: tuple[int, int, int], z_dim: int, hidden: int, norm: str = "batch", dropout: float = 0.0
-    ) -> None:
+
+def mlp(inputs: int, hidden: int, depth: int, norm: str = "none", dropout: float = 0.0) -> nn.Sequential:
+    r"""`depth` hidden layers of ReLUs; (B, inputs) -> (B, hidden)."""
+    layers: list[nn.Module] = []
+    for width in [inputs] + [hidden] * (depth - 1):
+        layers += [nn.Linear(width, hidden), POINT_NORMS[norm](hidden), nn.ReLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers)
+
+
+class GaussianHead(nn.Module):
+    r"""The two heads (μ, log σ²) of an encoder or decoder; features (B, width) -> DiagonalGaussian over (B, dim)."""
+
+    def __init__(self, width: int, dim: int) -> None:
         super().__init__()
-        height, width = quarter(shape)
-        self.net = nn.Sequential(
-            down(shape[0], 32, norm, dropout),
-            down(32, 64, norm, dropout),
-            nn.Flatten(),
-            nn.Linear(64 * height * width, hidden),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, 2 * z_dim),
-        )
+        self.linear = nn.Linear(width, 2 * dim)
 
-    def forward(self, x: Tensor) -> DiagonalGaussian:
-        mean, log_var = self.net(x).float().chunk(2, 1)
+    def forward(self, features: Tensor) -> DiagonalGaussian:
+        mean, log_var = self.linear(features).to(self.linear.weight.dtype).chunk(2, 1)
         return DiagonalGaussian(mean, log_var.clamp(-LOG_VAR_LIMIT, LOG_VAR_LIMIT))
+
+
+class PointHead(nn.Module):
+    r"""One head and no noise: features (B, width) -> Point in (B, dim)."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, dim)
+
+    def forward(self, features: Tensor) -> Point:
+        return Point(self.linear(features).to(self.linear.weight.dtype))
 
 
 class A1Decoder(nn.Module):
@@ -108,45 +138,60 @@ class A1Decoder(nn.Module):
         return BernoulliImage(self.net(z).float())
 
 
-class A1Critic(nn.Module):
-    r"""f_ψ(x, z) of A.1: conv 32 s2, conv 64 s2, pool; MLP of z; concatenate, MLP -> one score.
+class Noise(nn.Module):
+    r"""Adds Gaussian noise of that std, in evaluation too.
 
-    pool="average" is the appendix: global average pooling leaves 64 numbers of x, no positions.
-    pool="none" flattens instead, so that the critic can see *where* a stroke is.
-    noise > 0 adds Gaussian noise of that std to every image it is shown, real or drawn, always:
-    f is then the log-ratio of the two smoothed joints, which is finite (Sønderby et al. 2017).
-    x (B, C, H, W), z (B, z_dim) -> (B,). Source: S appendix A.1.
+    A critic behind it sees the log-ratio of the two smoothed joints, which is finite (Sønderby et al. 2017).
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        z_dim: int,
-        hidden: int,
-        norm: str = "batch",
-        dropout: float = 0.0,
-        pool: str = "average",
-        noise: float = 0.0,
-    ) -> None:
+    def __init__(self, std: float) -> None:
         super().__init__()
-        self.noise = noise
-        height, width = quarter(shape)
-        positions = 1 if pool == "average" else height * width
-        self.of_x = nn.Sequential(
-            down(shape[0], 32, norm, dropout),
-            down(32, 64, norm, dropout),
-            nn.AdaptiveAvgPool2d(1) if pool == "average" else nn.Identity(),
-            nn.Flatten(),
-        )
-        self.of_z = nn.Sequential(nn.Linear(z_dim, hidden), nn.ReLU(), nn.Dropout(dropout))
-        self.of_both = nn.Sequential(
-            nn.Linear(64 * positions + hidden, hidden),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, 1),
-        )
+        self.std = std
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        if self.noise:
-            x = x + self.noise * torch.randn_like(x)
-        return self.of_both(torch.cat([self.of_x(x), self.of_z(z)], 1)).squeeze(1).float()
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.std * torch.randn_like(x) if self.std else x
+
+
+class Critic(nn.Module):
+    r"""f_ψ of one or several arguments: features of each, concatenated, MLP -> scores.
+
+    x (B, ...), z (B, z_dim) -> (B,), or (B, outputs) if `joint` ends in several features. Source: S appendix A.1.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module], joint: nn.Module) -> None:
+        super().__init__()
+        self.parts, self.joint = nn.ModuleList(parts), joint
+
+    def forward(self, *arguments: Tensor) -> Tensor:
+        features = [part(argument) for part, argument in zip(self.parts, arguments, strict=True)]
+        return self.joint(torch.cat(features, 1)).squeeze(1).float()
+
+
+def a1_critic_features(
+    shape: tuple[int, int, int], norm: str = "batch", dropout: float = 0.0, pool: str = "average"
+) -> tuple[nn.Sequential, int]:
+    r"""What f_ψ of A.1 sees of x: conv 32 s2, conv 64 s2, pool; and the number of features.
+
+    pool="average" is the appendix: global average pooling leaves 64 numbers of x, no positions.
+    pool="none" flattens instead, so that the critic can see *where* a stroke is. Source: S appendix A.1.
+    """
+    height, width = quarter(shape)
+    positions = 1 if pool == "average" else height * width
+    of_x = nn.Sequential(
+        down(shape[0], 32, norm, dropout),
+        down(32, 64, norm, dropout),
+        nn.AdaptiveAvgPool2d(1) if pool == "average" else nn.Identity(),
+        nn.Flatten(),
+    )
+    return of_x, 64 * positions
+
+
+class Energy(nn.Module):
+    r"""f_ψ(x) = ‖x − r_ψ(x)‖ of an autoencoder r_ψ, the critic of the energy-based GAN; (B, ...) -> (B,)."""
+
+    def __init__(self, autoencoder: nn.Module) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.autoencoder(x).mean).flatten(1).norm(dim=1)

@@ -114,9 +114,10 @@ def write_pictures(folder: Path, experiment: Experiment, players: nn.ModuleDict,
     stem.parent.mkdir(parents=True, exist_ok=True)
     z = torch.randn(64, experiment.nets.z_dim, device=test.device)
     x = grey(test[:10])
-    x_hat = players["decoder"](players["encoder"](x).mean).mean
     save_image(players["decoder"](z).mean, f"{stem}.samples.png", nrow=8, padding=1)
-    save_image(torch.cat([x, x_hat]), f"{stem}.reconstructions.png", nrow=10, padding=1)
+    if "encoder" in players:
+        x_hat = players["decoder"](players["encoder"](x).mean).mean
+        save_image(torch.cat([x, x_hat]), f"{stem}.reconstructions.png", nrow=10, padding=1)
 
 
 def papers(dataset: str, folder: Path | None = None) -> list[dict[str, Any]]:

@@ -16,8 +16,10 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from svae_lib.data import Split, grey
+from svae_lib.densities import Point
+from svae_lib.draws import Draws, Method, Model, mean_squared_slope
 from svae_lib.errors import UserError
-from svae_lib.methods import Draws, Method, Model, scores_and_slope
+from svae_lib.ipm import clip_weights
 
 CHECKPOINT_SECONDS = 60  # how much work an interruption may cost
 
@@ -32,8 +34,9 @@ class Training:
     critic_lr: float = 1e-4  # Adam, critic (S §6)
     beta1: float = 0.9  # Adam's default: unstated in the papers
     critic_steps: int = 1
-    weight: float = 0.3  # λ of S29 (S §6)
-    penalty: float = 0.0  # weight of E‖∇f‖² on both joints
+    weight: float = 0.3  # λ of the method; S29: S §6
+    penalty: float = 0.0  # weight of E‖∇f‖² on all that the critics are shown
+    clip: float = 0.0  # critic weights are kept in [−clip, clip]; 0: free
     ema: float = 0.0  # decay of the averaged players that are evaluated; 0: the last ones
     precision: str = "fp32"  # or bf16: autocast in training, never in evaluation
     log_every: int = 100
@@ -76,7 +79,8 @@ class Trainer:
         self.identity, self.done, self.seconds = identity, 0, 0.0
         self.history: list[dict[str, float]] = []
         self.player_optimiser = self._adam(model.players, training.lr)
-        self.critic_optimiser = self._adam(model.critic, training.critic_lr) if method.critic else None
+        self.critics = torch.nn.ModuleList(model.critics)
+        self.critic_optimiser = self._adam(self.critics, training.critic_lr) if model.critics else None
         self.average = None
         if training.ema:
             self.average = AveragedModel(model.players, multi_avg_fn=self._follow, use_buffers=True)
@@ -114,31 +118,31 @@ class Trainer:
         return Draws(self.model, grey(split.images[rows]), z_p, self.training.weight)
 
     def critic_step(self, draws: Draws) -> None:
-        r"""ψ climbs g(ψ) with (θ, φ) fixed, so the draws carry no gradient here (S10)."""
+        r"""ψ climbs g(ψ) with (θ, φ) fixed: the gradient stops at the draws (S10)."""
+        draws.scored = [] if self.training.penalty else None
         with self._autocast():
-            pairs = (draws.x, draws.z_q.detach()), (draws.x_p.detach(), draws.z_p)
-            if self.training.penalty:
-                (f_q, slope_q), (f_p, slope_p) = (scores_and_slope(self.model.critic, *pair) for pair in pairs)
-                penalty = self.training.penalty * (slope_q + slope_p)
-            else:
-                f_q, f_p = (self.model.critic(*pair) for pair in pairs)
-                penalty = 0.0
-            loss = penalty - self.method.critic(f_q, f_p)
-        self.critic_optimiser.zero_grad()
-        loss.backward()
-        self.critic_optimiser.step()
+            loss = -self.method.critic(draws)
+            for scores, pair in draws.scored or ():
+                loss = loss + self.training.penalty * mean_squared_slope(scores, pair)
+        draws.scored = None
+        self._descend(loss, self.critic_optimiser)
+        if self.training.clip:
+            clip_weights(self.critics, self.training.clip)
+        if self.method.after_critic is not None:
+            self.method.after_critic(draws)
 
     def player_step(self, draws: Draws) -> None:
         r"""θ and φ climb the player objective with ψ fixed: gradients pass through f, not into it (S14)."""
-        if self.method.critic is not None:
-            self.model.critic.requires_grad_(False)
         with self._autocast():
             loss = -self.method.player(draws)
-        self.player_optimiser.zero_grad()
-        loss.backward()
-        self.player_optimiser.step()
-        if self.method.critic is not None:
-            self.model.critic.requires_grad_(True)
+        self._descend(loss, self.player_optimiser)
+
+    @staticmethod
+    def _descend(loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
+        r"""One step of the optimiser's own parameters; no other parameter gets a gradient."""
+        optimiser.zero_grad()
+        loss.backward(inputs=optimiser.param_groups[0]["params"])
+        optimiser.step()
 
     def _autocast(self):
         if self.training.precision == "fp32":
@@ -155,7 +159,7 @@ class Trainer:
         torch.manual_seed(self.seed)
         if checkpoint is not None and checkpoint.exists():
             self.load_state(read_checkpoint(checkpoint))
-        nets = [net for net in (self.model.players, self.model.critic) if net is not None]
+        nets = (self.model.players, self.critics)
         start = saved = time.perf_counter()
         with tqdm(total=self.training.updates, initial=self.done, disable=None, file=sys.stderr) as bar:
             while self.done < self.training.updates:
@@ -186,9 +190,8 @@ class Trainer:
 
         The random stream of training is left untouched, so logging more often changes nothing.
         """
-        for net in (self.model.players, self.model.critic):
-            if net is not None:
-                net.eval()
+        for net in (self.model.players, self.critics):
+            net.eval()
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(self.done)
@@ -196,8 +199,10 @@ class Trainer:
                 draws = self.draw(self.held_out)
                 row = {"update": self.done, "seconds": round(self.seconds, 2)}
                 row["objective"] = self.method.player(draws).item()
-                log_p = draws.log_p_x_given_z.mean().item()
-                row |= {"reconstruction": log_p, "kl": draws.q_z_given_x.kl_to_standard().mean().item()}
+                if self.method.codes and not isinstance(draws.p_x_given_z_q, Point):
+                    row["reconstruction"] = draws.log_p_x_given_z.mean().item()
+                if self.method.codes and not isinstance(draws.q_z_given_x, Point):
+                    row["kl"] = draws.kl_to_prior.mean().item()
             if self.method.critic is not None:
                 row |= self._diagnose_critic(draws)
         if not all(map(torch.isfinite, map(torch.tensor, row.values()))):
@@ -205,14 +210,16 @@ class Trainer:
         return row
 
     def _diagnose_critic(self, draws: Draws) -> dict[str, float]:
-        row = {"critic_loss": -self.method.critic(draws.f_q, draws.f_p).item()}
-        row["accuracy"] = 0.5 * ((draws.f_q < 0).float().mean() + (draws.f_p > 0).float().mean()).item()
-        for joint, x, z in (("q", draws.x, draws.z_q), ("p", draws.x_p, draws.z_p)):
-            x, z = x.detach().requires_grad_(), z.detach().requires_grad_()
-            scores = self.model.critic(x, z)
-            slopes = torch.autograd.grad(scores.sum(), (x, z))
+        draws.scored = []
+        row = {"critic_loss": -self.method.critic(draws).item()}
+        (f_q, q), (f_p, p) = draws.scored[:2]  # of the first critic
+        if f_q.dim() > 1:  # features, not scores
+            return row
+        row["accuracy"] = 0.5 * ((f_q < 0).float().mean() + (f_p > 0).float().mean()).item()
+        for joint, scores, pair in (("q", f_q, q), ("p", f_p, p)):
+            slopes = torch.autograd.grad(scores.sum(), pair)
             row |= {f"f_{joint}_mean": scores.mean().item(), f"f_{joint}_std": scores.std().item()}
-            for name, slope in zip("xz", slopes, strict=True):
+            for name, slope in zip("xz", slopes, strict=False):  # no z without codes
                 row[f"slope_{joint}_{name}"] = slope.flatten(1).square().sum(1).mean().sqrt().item()
         return row
 
@@ -221,7 +228,7 @@ class Trainer:
     def _parts(self) -> dict[str, object]:
         parts = {"players": self.model.players, "player_optimiser": self.player_optimiser}
         if self.method.critic is not None:
-            parts |= {"critic": self.model.critic, "critic_optimiser": self.critic_optimiser}
+            parts |= {"critics": self.critics, "critic_optimiser": self.critic_optimiser}
         if self.average is not None:
             parts["average"] = self.average
         return parts

@@ -109,7 +109,7 @@ def test_layout_of_cifar10(small_cifar10):
     assert [s.labels.tolist() for s in (d.train, d.validation, d.test)] == [[0, 0, 1, 1, 2, 2, 3, 3], [4, 4], [5, 5]]
     assert d.test.images.shape == (2, 3, 32, 32) and d.test.images.dtype == torch.uint8
     assert d.test.images[0, 1, 2, 3] == (1024 + 2 * 32 + 3) % 256
-    assert "8 train, 2 validation, 2 test images" in data.fetch("cifar10")
+    assert "8 train, 2 validation, 2 test samples" in data.fetch("cifar10")
 
 
 @pytest.mark.parametrize("fault", ["truncated", "altered", "missing"])

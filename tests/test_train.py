@@ -21,7 +21,7 @@ def trainer(digits, method="svae-r", **changes):
 
 
 def weights(t):
-    return [p.detach().clone() for p in (*t.model.players.state_dict().values(), *t.model.critic.state_dict().values())]
+    return [p.detach().clone() for p in (*t.model.players.state_dict().values(), *t.critics.state_dict().values())]
 
 
 def same(a, b):
@@ -69,7 +69,7 @@ def test_interrupt_and_resume_gives_the_same_bits(digits, tmp_path, precision):
 def test_each_step_moves_one_player_only(digits):
     t = trainer(digits)
     draws = t.draw(t.data)
-    players, critic = t.model.players.state_dict(), t.model.critic.state_dict()
+    players, critic = t.model.players.state_dict(), t.critics.state_dict()
     before = {k: v.clone() for k, v in players.items() if "running" not in k and "num_batches" not in k}
     t.critic_step(draws)
     assert all(torch.equal(before[k], players[k]) for k in before)
@@ -78,7 +78,7 @@ def test_each_step_moves_one_player_only(digits):
     learned = {k for k in frozen if "running" not in k and "num_batches" not in k}
     assert all(torch.equal(frozen[k], critic[k]) for k in learned)
     assert not all(torch.equal(before[k], players[k]) for k in before)
-    assert all(p.requires_grad and (p.grad is not None) for p in t.model.critic.parameters())
+    assert all(p.grad is not None for p in t.critics.parameters())
 
 
 @pytest.mark.parametrize("method", ["vae", "svae", "svae-r", "svae-exact", "svae-elbo"])

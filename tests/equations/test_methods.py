@@ -9,8 +9,9 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 from svae_lib import methods
+from svae_lib.draws import Draws, Method, Model
 from svae_lib.exact import PHI, THETA, World, cubature
-from svae_lib.methods import METHODS, Draws, Model
+from svae_lib.methods import METHODS
 
 
 class ExactCritic(nn.Module):
@@ -29,7 +30,7 @@ def exact_draws(world, weight=0.0):
     x_dim, z_dim = len(world.m), len(world.c)
     eps = cubature(x_dim + z_dim)
     x, _ = world.encoder_pairs(eps)
-    model = Model(world.encoder(), world.decoder(), ExactCritic(world), z_dim)
+    model = Model(world.encoder(), world.decoder(), [ExactCritic(world)], z_dim)
     return Draws(model, x, eps[:, x_dim:], weight, noise_q=eps[:, x_dim:], noise_p=eps[:, :x_dim])
 
 
@@ -105,8 +106,9 @@ def expected_cross_entropy_of_codes(world):
 
 
 def test_a_method_is_one_registration():
-    toy = methods.Method("toy", "maximise f on decoder pairs", "S10", "–", lambda d: d.f_p.mean())
+    toy = Method("toy", "maximise f on decoder pairs", "S10", "–", lambda d: d.f_p.mean())
     try:
-        assert methods.register(toy) is METHODS["toy"]
+        methods.register(toy)
+        assert METHODS["toy"] is toy
     finally:
         del METHODS["toy"]

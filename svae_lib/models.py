@@ -1,0 +1,139 @@
+r"""The nets of one run, from the names and sizes of an experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from svae_lib import flows, nets
+from svae_lib.draws import Method, Model
+from svae_lib.errors import UserError
+
+ENCODERS = ("gaussian", "planar", "iaf", "spline")
+DECODERS = ("gaussian", "point")
+
+
+@dataclass(frozen=True)
+class Nets:
+    r"""Sizes and switches of the nets; the defaults are the literal reading of A.1."""
+
+    z_dim: int = 64
+    hidden: int = 128  # width of every "MLP": unstated
+    depth: int = 2  # hidden layers of the nets of points
+    encoder: str = "gaussian"
+    flow_length: int = 80  # layers of a flow encoder (A §5.2)
+    decoder: str = "gaussian"  # points only: "point" adds no noise. Images have Bernoulli pixels
+    norm: str = "batch"
+    dropout: float = 0.0  # in encoder and decoder
+    critic_hidden: int = 128
+    critic_norm: str = "batch"
+    critic_dropout: float = 0.2  # "dropout", without a rate or a place (S §6); ALI has it in the critic
+    critic_pool: str = "average"
+    critic_outputs: int = 1  # more than one: features, for the methods that compare them
+    instance_noise: float = 0.0
+    spectral: bool = False  # spectral norm of every layer of the critics (Miyato et al. 2018)
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("norm", nets.NORMS),
+            ("critic_norm", nets.NORMS),
+            ("critic_pool", nets.POOLS),
+            ("encoder", ENCODERS),
+            ("decoder", DECODERS),
+        ):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, not '{getattr(self, name)}'")
+        for name in ("dropout", "critic_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+        for name in ("z_dim", "hidden", "depth", "flow_length", "critic_hidden", "critic_outputs"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be positive, not {getattr(self, name)}")
+
+
+def build_model(sizes: Nets, method: Method, shape: tuple[int, ...], seed: int) -> Model:
+    r"""Freshly initialised nets (Xavier) for images (C, H, W) or points (d,), determined by the seed."""
+    torch.manual_seed(seed)
+    make = _image_nets if len(shape) == 3 else _point_nets
+    encoder, decoder, critic = make(sizes, shape)
+    built = [
+        encoder() if method.codes else None,
+        decoder(),
+        [critic(kind) for kind in method.critics],
+    ]
+    for net in [*filter(None, built[:2]), *built[2]]:
+        nets.init_xavier(net)
+    if sizes.spectral:
+        for critic in built[2]:
+            for layer in critic.modules():
+                if isinstance(layer, nn.Linear | nn.Conv2d):
+                    spectral_norm(layer)
+    return Model(*built, sizes.z_dim)
+
+
+def _encoder(body: nn.Module, sizes: Nets) -> nn.Module:
+    width, z_dim = sizes.hidden, sizes.z_dim
+    layers = {
+        "gaussian": lambda: None,
+        "planar": lambda: flows.PlanarLayers(z_dim, sizes.flow_length, width),
+        "iaf": lambda: flows.InverseAutoregressiveLayers(z_dim, sizes.flow_length, width, width),
+        "spline": lambda: flows.SplineLayers(z_dim, sizes.flow_length, width, width),
+    }[sizes.encoder]()
+    return flows.FlowEncoder(body, width, z_dim, layers)
+
+
+def _image_nets(sizes: Nets, shape: tuple[int, ...]) -> tuple[Callable[..., nn.Module], ...]:
+    def encoder() -> nn.Module:
+        return _encoder(nets.a1_features(shape, sizes.hidden, sizes.norm, sizes.dropout), sizes)
+
+    def decoder() -> nn.Module:
+        return nets.A1Decoder(shape, sizes.z_dim, sizes.hidden, sizes.norm, sizes.dropout)
+
+    def critic(kind: str) -> nn.Module:
+        hidden, norm, dropout = sizes.critic_hidden, sizes.critic_norm, sizes.critic_dropout
+        if kind == "energy":
+            body = nets.a1_features(shape, hidden, norm, dropout)
+            return nets.Energy(nn.Sequential(body, nets.A1Decoder(shape, hidden, hidden)))
+        parts, width = [], 0
+        for letter in kind:
+            if letter == "x":
+                of_x, features = nets.a1_critic_features(shape, norm, dropout, sizes.critic_pool)
+                parts.append(nn.Sequential(nets.Noise(sizes.instance_noise), of_x))
+            else:
+                parts.append(nets.mlp(sizes.z_dim, features := hidden, 1, dropout=dropout))
+            width += features
+        return nets.Critic(parts, _scores(nets.mlp(width, hidden, 1, dropout=dropout), sizes))
+
+    return encoder, decoder, critic
+
+
+def _point_nets(sizes: Nets, shape: tuple[int, ...]) -> tuple[Callable[..., nn.Module], ...]:
+    (dim,) = shape
+
+    def body(inputs: int) -> nn.Module:
+        return nets.mlp(inputs, sizes.hidden, sizes.depth, sizes.norm, sizes.dropout)
+
+    def encoder() -> nn.Module:
+        return _encoder(body(dim), sizes)
+
+    def decoder() -> nn.Module:
+        head = nets.GaussianHead if sizes.decoder == "gaussian" else nets.PointHead
+        return nn.Sequential(body(sizes.z_dim), head(sizes.hidden, dim))
+
+    def critic(kind: str) -> nn.Module:
+        if kind == "energy":
+            return nets.Energy(nn.Sequential(body(dim), nets.PointHead(sizes.hidden, dim)))
+        parts = {"x": nets.Noise(sizes.instance_noise), "z": nn.Identity()}
+        inputs = sum({"x": dim, "z": sizes.z_dim}[letter] for letter in kind)
+        joint = nets.mlp(inputs, sizes.critic_hidden, sizes.depth, sizes.critic_norm, sizes.critic_dropout)
+        return nets.Critic([parts[letter] for letter in kind], _scores(joint, sizes))
+
+    return encoder, decoder, critic
+
+
+def _scores(body: nn.Module, sizes: Nets) -> nn.Module:
+    return nn.Sequential(body, nn.Linear(sizes.critic_hidden, sizes.critic_outputs))
