@@ -49,6 +49,7 @@ class Draws:
     weight: float = 0.0  # λ of the method
     noise_q: Tensor | None = field(default=None, repr=False)
     noise_p: Tensor | None = field(default=None, repr=False)
+    runs: int = 1  # stacked runs, which share the batch one after the other (`svae_lib.ensembles`)
     scored: list[tuple[Tensor, list[Tensor]]] | None = field(default=None, repr=False)
 
     @cached_property
@@ -125,6 +126,11 @@ class Draws:
         return self.model.encoder(self.x_p.detach()).log_prob(self.z_p)
 
 
+    def of_others(self, z: Tensor) -> Tensor:
+        r"""The same codes in another order: everyone gets those of a neighbour in the batch, an independent draw."""
+        return z.unflatten(0, (self.runs, -1)).roll(1, 1).flatten(0, 1)
+
+
 Objective = Callable[[Draws], Tensor]
 
 
@@ -139,7 +145,8 @@ class Method:
 
     `critics` says what each critic sees: "xz" pairs, "x" data alone, "xx" pairs of data, or "energy" of x.
     Without `codes` there is no encoder. `defaults` are the hyperparameters it was published with,
-    `after_critic` runs after each critic step, on its draws.
+    `after_critic` runs after each critic step, on its draws. Objectives that are not means over samples are not
+    `separable`: their runs cannot share a batch.
     """
 
     name: str
@@ -152,6 +159,7 @@ class Method:
     codes: bool = True
     defaults: Mapping[str, Any] = field(default_factory=dict)
     after_critic: Callable[[Draws], None] | None = None
+    separable: bool = True
 
     def __post_init__(self) -> None:
         if self.critic is None:

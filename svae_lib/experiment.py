@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from svae_lib import data, methods, metrics, records
 from svae_lib.classifier import accuracy, load_classifier
 from svae_lib.device import choose_device, describe
+from svae_lib.draws import Method, Model
+from svae_lib.ensembles import alone, stack
 from svae_lib.errors import UserError
 from svae_lib.mixtures import MIXTURES, Mixture
 from svae_lib.models import Nets, build_model
@@ -41,8 +44,8 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "points": {
         "quick": {"updates": 400, "log_every": 100, "score_samples": 2_500},
-        "cpu": {"updates": 20_000, "log_every": 1_000, "score_samples": 2_500},
-        "paper": {"updates": 200_000, "log_every": 10_000, "score_samples": 2_500},
+        "cpu": {"updates": 20_000, "log_every": 2_000, "score_samples": 2_500},
+        "paper": {"updates": 200_000, "log_every": 20_000, "score_samples": 2_500},
     },
 }
 
@@ -138,31 +141,63 @@ def keys() -> list[str]:
 def _typed(key: str, value: Any, kind: type) -> Any:
     """`value` as `kind`; strings come from the command line."""
     try:
-        converted = kind(value)
+        converted = {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(value)
         if isinstance(value, str) or converted == value:
             return converted
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, KeyError):
         pass
     raise UserError(f"{key} must be of type {kind.__name__}, not '{value}'") from None
 
 
 def prepare(experiment: Experiment, dataset: data.Dataset, device: torch.device) -> Trainer:
     r"""The trainer of an experiment, ready to `fit`."""
-    method, identity = methods.METHODS[experiment.method], json.dumps(experiment.flat())
-    model = build_model(experiment.nets, method, dataset.shape, experiment.seed)
+    return prepare_together([experiment], dataset, device)
+
+
+def prepare_together(experiments: Sequence[Experiment], dataset: data.Dataset, device: torch.device) -> Trainer:
+    r"""One trainer for experiments that differ in seed, lr and critic_lr only; several have their nets stacked.
+
+    Raises UserError where runs cannot share a batch.
+    """
+    first, method = experiments[0], methods.METHODS[experiments[0].method]
+    identity = json.dumps([experiment.flat() for experiment in experiments])
+    made = [build_model(e.nets, method, dataset.shape, e.seed) for e in experiments]
+    model = made[0] if len(made) == 1 else _stacked(made, experiments, method)
     for net in (model.players, *model.critics):
         net.to(device, memory_format=torch.channels_last)
     split, held_out = dataset.train.to(device), dataset.validation.to(device)
-    return Trainer(model, method, experiment.training, split, held_out, experiment.seed, identity)
+    return Trainer(model, method, first.training, split, held_out, first.seed, identity, len(made))
 
 
-def evaluate(experiment: Experiment, trainer: Trainer, dataset: data.Dataset) -> dict[str, metrics.Metric]:
-    r"""Every number of a record, on the test split."""
+def _stacked(made: list[Model], experiments: Sequence[Experiment], method: Method) -> Model:
+    first = experiments[0]
+    for e in experiments:
+        own = replace(e.training, lr=first.training.lr, critic_lr=first.training.critic_lr)
+        if replace(e, seed=first.seed, training=own) != first:
+            raise UserError(f"{e.name} and {first.name} differ in more than seed and step sizes; run them one by one")
+    if not method.separable:
+        raise UserError(f"the objective of {method.name} is no mean over samples; run its seeds one by one")
+    pace = torch.tensor([e.training.lr / first.training.lr for e in experiments])
+    critic_pace = torch.tensor([e.training.critic_lr / first.training.critic_lr for e in experiments])
+    encoder = stack([m.encoder for m in made], pace) if method.codes else None
+    critics = [stack(nets, critic_pace) for nets in zip(*(m.critics for m in made), strict=True)]
+    return Model(encoder, stack([m.decoder for m in made], pace), critics, made[0].z_dim)
+
+
+def evaluate(
+    experiment: Experiment, trainer: Trainer, dataset: data.Dataset, number: int = 0
+) -> dict[str, metrics.Metric]:
+    r"""Every number of a record, on the test split; `number` is that of the run among those trained together."""
     torch.manual_seed(experiment.seed)
-    players, test = trainer.evaluated_players(), dataset.test.to(trainer.device).images
+    players, test = _players(trainer, number), dataset.test.to(trainer.device).images
     if dataset.name in MIXTURES:
         return _evaluate_points(experiment, players, test, MIXTURES[dataset.name])
     return _evaluate_images(experiment, players, test, load_classifier(dataset, trainer.device))
+
+
+def _players(trainer: Trainer, number: int) -> nn.ModuleDict:
+    players = trainer.evaluated_players()
+    return players if trainer.runs == 1 else alone(players, number)
 
 
 @torch.no_grad()
@@ -208,31 +243,58 @@ def run(
     device: str = "auto",
     folder: Path | None = None,
     on_log: Callable[[dict], None] | None = None,
-) -> dict[str, Any]:
+) -> records.Record:
     r"""Train (or resume), evaluate once on test, write the record with its pictures, and return it.
 
     A finished experiment is not repeated: its record is returned. A run that diverges leaves a record too.
     """
+    return run_together([experiment], device, folder, on_log)[0]
+
+
+def run_together(
+    experiments: Sequence[Experiment],
+    device: str = "auto",
+    folder: Path | None = None,
+    on_log: Callable[[dict], None] | None = None,
+) -> list[records.Record]:
+    r"""`run` for experiments that differ in seed and step sizes only, trained as one (`svae_lib.ensembles`)."""
     folder = records.results_folder() if folder is None else folder
+    found = {e.name: _finished(e, folder) for e in experiments}
+    missing = [e for e in experiments if found[e.name] is None]
+    if missing:
+        chosen = choose_device(device)
+        dataset = data.load(missing[0].dataset)
+        trainer = prepare_together(missing, dataset, chosen)
+        shared = {"real_data": real_data(dataset, chosen), "environment": records.environment(describe(chosen))}
+        reason = ""
+        try:
+            trainer.fit(data.cache() / "runs" / f"{missing[0].name}-{len(missing)}.pt", on_log)
+        except Diverged as error:
+            reason = str(error)
+        shared |= {"history": trainer.history, "seconds": round(trainer.seconds / len(missing), 1)}
+        shared |= {"together": len(missing)} if len(missing) > 1 else {}
+        for number, e in enumerate(missing):
+            found[e.name] = _record(e, trainer, dataset, number, reason) | shared
+            records.write(folder, found[e.name])
+            if found[e.name]["status"] == "done":
+                records.write_pictures(folder, e, _players(trainer, number), dataset.test.to(chosen).images)
+    return list(found.values())
+
+
+def _finished(experiment: Experiment, folder: Path) -> records.Record | None:
     done = records.read(folder, experiment.dataset, experiment.name)
-    if done is not None:
-        flat = experiment.flat()  # a key that is newer than the record had its present default
-        if done["experiment"] != {key: flat.get(key) for key in done["experiment"]}:
-            raise UserError(f"record {experiment.name} was made with other defaults; delete it to run again")
-        return done
-    chosen = choose_device(device)
-    dataset = data.load(experiment.dataset)
-    trainer = prepare(experiment, dataset, chosen)
-    record = {"name": experiment.name, "status": "done", "experiment": experiment.flat(), "changes": experiment.changes}
-    try:
-        trainer.fit(data.cache() / "runs" / f"{experiment.name}.pt", on_log)
-        record["metrics"] = evaluate(experiment, trainer, dataset)
-        record["real_data"] = real_data(dataset, chosen)
-        if dataset.name not in MIXTURES:
-            records.write_pictures(folder, experiment, trainer.evaluated_players(), dataset.test.to(chosen).images)
-    except Diverged as error:
-        record |= {"status": "diverged", "reason": str(error), "metrics": {}}
-    record |= {"history": trainer.history, "seconds": round(trainer.seconds, 1)}
-    record["environment"] = records.environment(describe(chosen))
-    records.write(folder, record)
-    return record
+    flat = experiment.flat()  # a key that is newer than the record had its present default
+    if done is not None and done["experiment"] != {key: flat.get(key) for key in done["experiment"]}:
+        raise UserError(f"record {experiment.name} was made with other defaults; delete it to run again")
+    return done
+
+
+def _record(
+    experiment: Experiment, trainer: Trainer, dataset: data.Dataset, number: int, reason: str
+) -> records.Record:
+    values = {} if reason else evaluate(experiment, trainer, dataset, number)
+    if not all(math.isfinite(value["value"]) for value in values.values()):
+        values, reason = {}, "training diverged; lower lr or raise penalty"
+    outcome = {"status": "diverged", "reason": reason} if reason else {"status": "done"}
+    described = {"experiment": experiment.flat(), "changes": experiment.changes}
+    return {"name": experiment.name} | outcome | described | {"metrics": values}

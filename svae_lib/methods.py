@@ -53,8 +53,8 @@ def svae_elbo(d: Draws) -> Tensor:
 
 def as_vae_critics(d: Draws) -> Tensor:
     r"""A5, A6: f_1 tells encoder pairs, f_2 decoder pairs, from pairs with the codes of others in the batch."""
-    f_1 = objectives.critic_lrt(f_q=d.score(d.x_p, d.z_p.roll(1, 0)), f_p=d.score(d.x, d.z_q))
-    f_2 = objectives.critic_lrt(f_q=d.score(d.x, d.z_q.roll(1, 0), critic=1), f_p=d.score(d.x_p, d.z_p, critic=1))
+    f_1 = objectives.critic_lrt(f_q=d.score(d.x_p, d.of_others(d.z_p)), f_p=d.score(d.x, d.z_q))
+    f_2 = objectives.critic_lrt(f_q=d.score(d.x, d.of_others(d.z_q), critic=1), f_p=d.score(d.x_p, d.z_p, critic=1))
     return f_1 + f_2
 
 

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -105,13 +106,19 @@ def read_all(dataset: str, folder: Path | None = None) -> list[Record]:
 
 @torch.no_grad()
 def write_pictures(folder: Path, experiment: Experiment, players: nn.ModuleDict, test: Tensor) -> None:
-    r"""NAME.samples.png (8 × 8 decoder means at z ~ p(z)) and NAME.reconstructions.png (x over x̂, 2 × 10)."""
+    r"""NAME.samples.png (8 × 8 decoder means at z ~ p(z)) and NAME.reconstructions.png (x over x̂, 2 × 10).
+
+    Of points it is NAME.draws.npy, 500 draws.
+    """
     import svae_lib._torchvision  # noqa: F401, I001  (must come before torchvision)
     from torchvision.utils import save_image
 
     torch.manual_seed(0)
     stem = folder / experiment.dataset / experiment.name
     stem.parent.mkdir(parents=True, exist_ok=True)
+    if test.dim() == 2:
+        draws = players["decoder"](torch.randn(500, experiment.nets.z_dim, device=test.device)).rsample()
+        return np.save(f"{stem}.draws.npy", draws.cpu().numpy())
     z = torch.randn(64, experiment.nets.z_dim, device=test.device)
     x = grey(test[:10])
     save_image(players["decoder"](z).mean, f"{stem}.samples.png", nrow=8, padding=1)

@@ -2,6 +2,7 @@ r"""The one alternating update, and the loop around it: checkpoint, resume, EMA,
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -60,7 +61,8 @@ class Trainer:
 
     Initial weights are the caller's; `seed` starts the stream of batches and noise. The whole state is
     one dictionary: a run that was stopped and resumed ends in the same bits as one that was not.
-    Everything lives on the device of `data`. `identity` names the experiment in its checkpoints.
+    Everything lives on the device of `data`. `identity` names the experiment in its checkpoints. `runs` > 1 says
+    that the nets are stacked (`svae_lib.ensembles`): the batch is for each of them, the diagnostics for all together.
     """
 
     def __init__(
@@ -72,9 +74,10 @@ class Trainer:
         held_out: Split,
         seed: int,
         identity: str = "",
+        runs: int = 1,
     ) -> None:
         self.model, self.method, self.training = model, method, training
-        self.data, self.held_out, self.seed = data, held_out, seed
+        self.data, self.held_out, self.seed, self.runs = data, held_out, seed, runs
         self.device = data.images.device
         self.identity, self.done, self.seconds = identity, 0, 0.0
         self.history: list[dict[str, float]] = []
@@ -113,9 +116,10 @@ class Trainer:
 
     def draw(self, split: Split) -> Draws:
         r"""A batch of data and of prior codes; both joints follow from them when asked for."""
-        rows = torch.randint(len(split), (self.training.batch,), device=self.device)
-        z_p = torch.randn(self.training.batch, self.model.z_dim, device=self.device)
-        return Draws(self.model, grey(split.images[rows]), z_p, self.training.weight)
+        size = self.runs * self.training.batch
+        rows = torch.randint(len(split), (size,), device=self.device)
+        z_p = torch.randn(size, self.model.z_dim, device=self.device)
+        return Draws(self.model, grey(split.images[rows]), z_p, self.training.weight, runs=self.runs)
 
     def critic_step(self, draws: Draws) -> None:
         r"""ψ climbs g(ψ) with (θ, φ) fixed: the gradient stops at the draws (S10)."""
@@ -205,7 +209,10 @@ class Trainer:
                     row["kl"] = draws.kl_to_prior.mean().item()
             if self.method.critic is not None:
                 row |= self._diagnose_critic(draws)
-        if not all(map(torch.isfinite, map(torch.tensor, row.values()))):
+        finite = {name: value for name, value in row.items() if math.isfinite(value)}
+        if self.runs > 1:  # one of them may have diverged; its own numbers will say so
+            return finite
+        if finite != row:
             raise Diverged(f"training diverged at update {self.done}; lower lr or raise penalty")
         return row
 

@@ -1,0 +1,65 @@
+r"""Many small runs as one: nets of the same shape stacked, so that one matrix product serves all of them.
+
+A batch of R runs with B samples each is a plain batch of R·B, run after run. Only the linear layers know; objectives,
+densities and the loop do not. Every objective that is a mean over samples then is 1/R times the sum of the runs' own,
+and Adam, which does not see the factor, moves each run as it would move alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from svae_lib.errors import UserError
+
+
+class GroupedLinear(nn.Module):
+    r"""R linear layers side by side; (R·B, inputs) -> (R·B, outputs), each run's B rows through its own layer.
+
+    Weight and bias are stored divided by `scales` (R,), so that Adam with step size lr moves run r by scales_r · lr.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], scales: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scales", scales[:, None, None])
+        self.weight = nn.Parameter(torch.stack([layer.weight.detach().mT for layer in layers]) / self.scales)
+        self.bias = nn.Parameter(torch.stack([layer.bias.detach()[None] for layer in layers]) / self.scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        runs = x.unflatten(0, (len(self.weight), -1))
+        return torch.baddbmm(self.scales * self.bias, runs, self.scales * self.weight).flatten(0, 1)
+
+    def alone(self, run: int) -> nn.Linear:
+        r"""The layer of one run."""
+        inputs, outputs = self.weight.shape[1:]
+        layer = nn.Linear(inputs, outputs)
+        layer.weight.data = (self.scales * self.weight)[run].detach().mT.clone()
+        layer.bias.data = (self.scales * self.bias)[run, 0].detach().clone()
+        return layer
+
+
+def stack(nets: Sequence[nn.Module], scales: Tensor | None = None) -> nn.Module:
+    r"""One net out of R of the same shape; `scales` (R,) are their relative step sizes.
+
+    Raises UserError if something other than plain linear layers would learn or mix the samples.
+    """
+    scales = torch.ones(len(nets)) if scales is None else scales
+    if isinstance(nets[0], nn.Linear):
+        return GroupedLinear(nets, scales)
+    if isinstance(nets[0], nn.BatchNorm1d) or [*nets[0].parameters(recurse=False)]:
+        raise UserError(f"runs with a layer of type {type(nets[0]).__name__} cannot be trained together")
+    stacked = copy.copy(nets[0])
+    stacked._modules = {name: stack([net._modules[name] for net in nets], scales) for name in nets[0]._modules}
+    return stacked
+
+
+def alone(net: nn.Module, run: int) -> nn.Module:
+    r"""One run's net out of a stacked one."""
+    if isinstance(net, GroupedLinear):
+        return net.alone(run)
+    single = copy.copy(net)
+    single._modules = {name: alone(module, run) for name, module in net._modules.items()}
+    return single
