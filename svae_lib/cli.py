@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 from svae_lib import __version__
 from svae_lib.errors import UserError
 
-DATASETS = "digits, patches32, patches64, mnist or cifar10"  # written out: importing svae_lib.data costs seconds
+# Written out, for importing svae_lib.data costs seconds.
+DATASETS = "digits, patches32, patches64, mnist, cifar10, ring8, grid25 or alice5"
 
 
 def methods_command(_: argparse.Namespace) -> None:
@@ -25,12 +27,21 @@ def run_command(args: argparse.Namespace) -> None:
     from svae_lib import experiment, records
 
     changes = dict(pair_of(text) for text in args.set)
-    chosen = experiment.Experiment.make(args.dataset, args.method, args.profile, args.setting, args.seed, **changes)
+    make = partial(experiment.Experiment.make, args.dataset, args.method, args.profile, args.setting, **changes)
+    chosen = [make(seed=seed) for seed in args.seed]
     folder = args.results or records.results_folder()
-    print(f"{chosen.name}: {chosen.training.updates} updates")
-    record = experiment.run(chosen, args.device, folder, print_row)
-    print_record(record)
-    print(f"record: {folder / chosen.dataset / chosen.name}.json")
+    print(f"{', '.join(e.name for e in chosen)}: {chosen[0].training.updates} updates")
+    for record in experiment.run_all(chosen, args.device, folder, print_row):
+        print_record(record)
+        print(f"record: {folder / args.dataset / record['name']}.json")
+
+
+def seeds(text: str) -> list[int]:
+    r"""3 -> [3]; 0-9 -> [0, ..., 9]."""
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a seed like 3 nor a range like 0-9")
+    return list(range(int(first), int(last or first) + 1))
 
 
 def pair_of(text: str) -> tuple[str, str]:
@@ -140,6 +151,7 @@ def parser() -> argparse.ArgumentParser:
           svae run digits svae-r                        seconds, no download
           svae run mnist svae-exact --profile cpu --setting stabilised --seed 1
           svae run mnist svae-r --profile cpu --set weight=1.0 --set updates=20000
+          svae run ring8 svae-exact --profile cpu --seed 0-9         ten seeds, trained as one
 
         Interrupted? The same command goes on where it stopped. Finished? It prints the record.
         """,
@@ -148,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("method", help="a name from `svae methods`")
     run.add_argument("--profile", default="quick", help="quick (seconds), cpu (minutes to an hour) or paper (a GPU)")
     run.add_argument("--setting", default="literal", help="literal (as the appendix prints) or stabilised")
-    run.add_argument("--seed", type=int, default=0, help="initial weights, batches and noise (default 0)")
+    run.add_argument("--seed", type=seeds, default=[0], help="weights, batches and noise: 3, or 0-9 (default 0)")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one hyperparameter")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     run.add_argument("--results", type=Path, help="folder for records (default: results/ of the clone)")

@@ -1,8 +1,8 @@
 r"""Many small runs as one: nets of the same shape stacked, so that one matrix product serves all of them.
 
 A batch of R runs with B samples each is a plain batch of R·B, run after run. Only the linear layers know; objectives,
-densities and the loop do not. Every objective that is a mean over samples then is 1/R times the sum of the runs' own,
-and Adam, which does not see the factor, moves each run as it would move alone.
+densities and the loop do not. R times an objective that is a mean over samples is then the sum of the runs' own, and
+each run moves as it would move alone.
 """
 
 from __future__ import annotations

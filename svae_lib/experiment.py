@@ -281,6 +281,16 @@ def run_together(
     return list(found.values())
 
 
+def run_all(experiments: Sequence[Experiment], *options: Any) -> list[records.Record]:
+    r"""The experiments of one method, together where that is possible, one by one where it is not."""
+    first = experiments[0]
+    plain = (first.nets.norm, first.nets.critic_norm, first.nets.encoder, first.nets.spectral)
+    stackable = plain == ("none", "none", "gaussian", False) and methods.METHODS[first.method].separable
+    if first.dataset in MIXTURES and stackable:
+        return run_together(experiments, *options)
+    return [run(experiment, *options) for experiment in experiments]
+
+
 def _finished(experiment: Experiment, folder: Path) -> records.Record | None:
     done = records.read(folder, experiment.dataset, experiment.name)
     flat = experiment.flat()  # a key that is newer than the record had its present default

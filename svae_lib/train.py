@@ -141,11 +141,10 @@ class Trainer:
             loss = -self.method.player(draws)
         self._descend(loss, self.player_optimiser)
 
-    @staticmethod
-    def _descend(loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
+    def _descend(self, loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
         r"""One step of the optimiser's own parameters; no other parameter gets a gradient."""
         optimiser.zero_grad()
-        loss.backward(inputs=optimiser.param_groups[0]["params"])
+        (self.runs * loss).backward(inputs=optimiser.param_groups[0]["params"])
         optimiser.step()
 
     def _autocast(self):

@@ -1,0 +1,89 @@
+"""Stacked runs: each is what it would have been alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from svae_lib import data, experiment
+from svae_lib.draws import Draws
+from svae_lib.ensembles import alone, stack
+from svae_lib.errors import UserError
+from svae_lib.experiment import Experiment
+from svae_lib.methods import METHODS
+from svae_lib.nets import GaussianHead, mlp
+
+CPU = torch.device("cpu")
+SEPARABLE = [name for name, m in METHODS.items() if m.separable]
+
+
+@pytest.fixture(scope="module")
+def ring():
+    return data.load("ring8")
+
+
+def nets(count):
+    return [torch.nn.Sequential(mlp(3, 8, 2), GaussianHead(8, 2)) for _ in range(count)]
+
+
+def test_a_stacked_net_is_its_parts_side_by_side():
+    parts, x = nets(4), torch.randn(20, 3)
+    together = stack(parts, torch.tensor([1.0, 0.1, 10.0, 3.0]))(x)
+    for run, part in enumerate(parts):
+        mine = slice(5 * run, 5 * run + 5)
+        assert_close(together.mean[mine], part(x[mine]).mean)
+        assert_close(together.log_var[mine], part(x[mine]).log_var)
+    with pytest.raises(AssertionError):  # the rows of one run do not pass through the layer of another
+        assert_close(together.mean[:5], parts[1](x[:5]).mean)
+
+
+def test_a_run_comes_out_as_it_went_in():
+    parts, x = nets(3), torch.randn(7, 3)
+    stacked = stack(parts, torch.tensor([1.0, 0.3, 2.0]))
+    for run, part in enumerate(parts):
+        assert_close(alone(stacked, run)(x).mean, part(x).mean)
+
+
+class Shared:
+    """Batches that a run sees alone or together: the same numbers for the same run."""
+
+    def __init__(self, trainer, x, z, noise):
+        self.trainer, self.x, self.z, self.noise = trainer, x, z, noise
+
+    def draw(self, _):
+        t = self.trainer
+        return Draws(t.model, self.x, self.z, t.training.weight, *self.noise, runs=t.runs)
+
+
+@pytest.mark.parametrize("name", ["vae", "svae-r", "svae-elbo", "as-vae", "ali", "gan"])
+@pytest.mark.parametrize("pace, tolerance", [(1.0, 1e-9), (0.1, 2e-4)])  # Adam's ε is felt at another pace
+def test_runs_trained_together_are_those_trained_alone(ring, name, pace, tolerance):
+    made = [Experiment.make("ring8", name, seed=s, batch=6, penalty=0.01) for s in range(3)]
+    own = made[1].training
+    made[1] = replace(made[1], training=replace(own, lr=pace * own.lr, critic_lr=own.critic_lr / pace))
+    x, z, *noise = torch.randn(4, 18, 2, dtype=torch.float64)
+
+    def trained(experiments, rows):
+        t = experiment.prepare_together(experiments, ring, CPU)
+        for net in (t.model.players, t.critics):
+            net.double()
+        t.draw = Shared(t, x[rows], z[rows], [n[rows] for n in noise]).draw
+        for _ in range(5):
+            t.update()
+        return t
+
+    together = trained(made, slice(None))
+    for run, e in enumerate(made):
+        lone, mine = trained([e], slice(6 * run, 6 * run + 6)), alone(together.evaluated_players(), run)
+        for a, b in zip(lone.model.players.parameters(), mine.parameters(), strict=True):
+            assert_close(a, b, rtol=1e-6, atol=tolerance)
+
+
+def test_what_cannot_be_stacked_is_refused(ring):
+    first, other = Experiment.make("ring8", "vae"), Experiment.make("ring8", "vae", hidden=16)
+    with pytest.raises(UserError, match="differ in more than seed and step sizes"):
+        experiment.prepare_together([first, other], ring, CPU)
+    normed = [Experiment.make("ring8", "vae", seed=s, norm="batch") for s in (0, 1)]
+    with pytest.raises(UserError, match="a layer of type BatchNorm1d cannot be trained together"):
+        experiment.prepare_together(normed, ring, CPU)
