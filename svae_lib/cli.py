@@ -82,7 +82,15 @@ def bounds_command(args: argparse.Namespace) -> None:
     record = bounds.compute(data.load(args.dataset))
     record["environment"] = records.environment(describe(torch.device("cpu")))
     print_metrics(record)
-    print(f"record: {records.write_bounds(args.results or records.results_folder(), record)}")
+    print(f"record: {records.write_report(args.results or records.results_folder(), record)}")
+
+
+def sweep_command(args: argparse.Namespace) -> None:
+    from svae_lib import sweep
+
+    record = sweep.sweep(args.dataset, args.method, args.results, lambda done, of: print(f"{done} of {of}", flush=True))
+    for name, value in sweep.summary(record).items():
+        print(f"{name:<20}{value:>10.3f}")
 
 
 def table_command(args: argparse.Namespace) -> None:
@@ -164,6 +172,11 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one hyperparameter")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     run.add_argument("--results", type=Path, help="folder for records (default: results/ of the clone)")
+
+    sweep = command("sweep", sweep_command, "one method under 256 hyperparameter settings; goes on where it stopped")
+    sweep.add_argument("dataset", help="alice5, ring8 or grid25")
+    sweep.add_argument("method", help="a name from `svae methods`")
+    sweep.add_argument("--results", type=Path, help="folder for records (default: results/ of the clone)")
 
     table = command("table", table_command, "the papers' table beside our records of it")
     table.add_argument("dataset", help="mnist")

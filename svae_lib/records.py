@@ -84,17 +84,21 @@ def _read(path: Path) -> Record | None:
         raise UserError(f"{path} is damaged; delete it and run the experiment again") from None
 
 
-def write_bounds(folder: Path, record: Record) -> Path:
-    r"""Write a record of `svae_lib.bounds` as bounds-DATASET.json; returns its path."""
+def write_report(folder: Path, record: Record) -> Path:
+    r"""Write a record that is not of one run (bounds-DATASET, sweep-DATASET-METHOD) as NAME.json; returns its path."""
     return _write(folder / f"{record['name']}.json", record)
+
+
+def read_report(name: str, folder: Path | None = None) -> Record | None:
+    r"""The record of that name, or None if there is none. Raises UserError if the file is damaged."""
+    return _read((results_folder() if folder is None else folder) / f"{name}.json")
 
 
 def read_bounds(dataset: str, folder: Path | None = None) -> Record:
     r"""The bounds of a dataset. Raises UserError if there is no record of them, or a damaged one."""
-    folder = results_folder() if folder is None else folder
-    record = _read(folder / f"bounds-{dataset}.json")
+    record = read_report(f"bounds-{dataset}", folder)
     if record is None:
-        raise UserError(f"there are no bounds of '{dataset}' in {folder}; run `svae bounds {dataset}`")
+        raise UserError(f"there are no bounds of '{dataset}'; run `svae bounds {dataset}`")
     return record
 
 

@@ -1,0 +1,50 @@
+"""The sweep: every setting once, in order, resumable, summed up honestly."""
+
+import math
+
+import pytest
+
+from svae_lib import cli, records, sweep
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(sweep, "GRID", sweep.GRID | {"hidden": (8,), "depth": (2,), "critic_steps": (1,)})
+    monkeypatch.setattr(sweep, "BUDGET", {"updates": 2, "batch": 8, "log_every": 2})
+
+
+def test_the_grid_has_every_setting_once():
+    rows = [setting for together in sweep.settings() for setting in together]
+    assert len(rows) == 256 and len({tuple(row.items()) for row in rows}) == 256
+    assert all(row["critic_hidden"] == row["hidden"] for row in rows)
+
+
+def test_an_interrupted_sweep_goes_on(small, tmp_path, monkeypatch):
+    train, calls = sweep._train, []
+
+    def stop_at_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train(*arguments)
+
+    monkeypatch.setattr(sweep, "_train", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep("alice5", "ali", tmp_path)
+    first = records.read_report("sweep-alice5-ali", tmp_path)["rows"]
+    assert len(first) == 16
+    record = sweep.sweep("alice5", "ali", tmp_path)
+    assert record["rows"][:16] == first and len(record["rows"]) == 32 and len(calls) == 3
+    assert {row["set"]["beta1"] for row in record["rows"]} == {0.5, 0.9}
+
+
+def test_a_run_that_failed_counts_as_failed():
+    rows = [{"score": s, "mse": e} for s, e in ((5.0, 0.1), (1.2, 3.0), (math.nan, math.nan), (3.0, 0.2))]
+    shown = sweep.summary({"rows": rows})
+    assert shown["failed"] == 0.5 and shown["score"] == pytest.approx((5 + 1.2 + 1 + 3) / 4)
+    assert shown["mse"] == pytest.approx(1.1) and shown["settings"] == 4
+
+
+def test_the_command_prints_the_summary(small, tmp_path, capsys):
+    assert cli.main(["sweep", "alice5", "vae", "--results", str(tmp_path)]) == 0
+    assert "32 of 32" in (shown := capsys.readouterr().out) and "failed" in shown
