@@ -37,6 +37,7 @@ CIFAR10_MD5 = {  # as published
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
+STACKED = {"stacked_digits": "digits", "stacked_mnist": "mnist"}  # after Srivastava et al. 2017
 DOWNLOADS = {"mnist": "MNIST", "cifar10": "CIFAR10"}  # our name -> torchvision's
 
 
@@ -138,6 +139,17 @@ def _patches(side: int) -> Dataset:
     return _split(f"patches{side}", np.concatenate(patches), np.array(labels), count // 8)
 
 
+def _stacked(name: str) -> Dataset:
+    """Three random images of a set of digits as the three colours of one; its label 0..999 spells their labels."""
+    generator, digits = torch.Generator().manual_seed(0), load(STACKED[name])
+
+    def stack(split: Split) -> Split:
+        rows = torch.randint(len(split), (len(split), 3), generator=generator)
+        return Split(split.images[rows].squeeze(2), split.labels[rows] @ torch.tensor([100, 10, 1]))
+
+    return Dataset(name, *map(stack, (digits.train, digits.validation, digits.test)))
+
+
 def _points(name: str, train: int) -> Dataset:
     """Draws of a mixture whose modes and density are known."""
     generator = torch.Generator().manual_seed(0)
@@ -226,6 +238,8 @@ DATASETS: dict[str, Callable[[], Dataset]] = {
     "patches64": lambda: _patches(64),
     "mnist": _mnist,
     "cifar10": _cifar10,
+    "stacked_digits": lambda: _stacked("stacked_digits"),
+    "stacked_mnist": lambda: _stacked("stacked_mnist"),
     "ring8": lambda: _points("ring8", 50_000),
     "grid25": lambda: _points("grid25", 50_000),
     "alice5": lambda: _points("alice5", 2_048),

@@ -37,6 +37,7 @@ class Training:
     critic_steps: int = 1
     weight: float = 0.3  # λ of the method; S29: S §6
     penalty: float = 0.0  # weight of E‖∇f‖² on all that the critics are shown
+    decay: bool = False  # both step sizes fall linearly to zero
     clip: float = 0.0  # critic weights are kept in [−clip, clip]; 0: free
     ema: float = 0.0  # decay of the averaged players that are evaluated; 0: the last ones
     precision: str = "fp32"  # or bf16: autocast in training, never in evaluation
@@ -104,6 +105,11 @@ class Trainer:
 
     def update(self) -> None:
         r"""One alternating update: the critic climbs its objective, then the players climb theirs."""
+        if self.training.decay:
+            left = 1 - self.done / self.training.updates
+            self.player_optimiser.param_groups[0]["lr"] = left * self.training.lr
+            if self.critic_optimiser is not None:
+                self.critic_optimiser.param_groups[0]["lr"] = left * self.training.critic_lr
         draws = self.draw(self.data)
         if self.method.critic is not None:
             for step in range(self.training.critic_steps):
