@@ -34,6 +34,12 @@ COLUMNS = {  # metric in a record -> heading, decimals
     "l2": ("RMSE, L2", 2),
     "score": ("score", 2),
 }
+MODE_COLUMNS = {
+    "modes": ("modes", 1),
+    "high_quality": ("high quality", 3),
+    "mode_kl": ("KL of modes", 3),
+    "l2": ("L2 error", 3),
+}  # where the modes are known
 
 
 def results_folder() -> Path:
@@ -146,6 +152,11 @@ def spread(values: list[float], decimals: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
 
 
+def columns(finished: list[dict[str, Any]]) -> dict[str, tuple[str, int]]:
+    r"""The columns that metrics like these fill."""
+    return MODE_COLUMNS if any("modes" in metrics for metrics in finished) else COLUMNS
+
+
 def our_rows(dataset: str, folder: Path | None = None) -> pd.DataFrame:
     r"""One row per (method, setting, profile, updates): every metric as mean ± sd over its seeds."""
     groups: dict[tuple, list[Record]] = {}
@@ -157,9 +168,9 @@ def our_rows(dataset: str, folder: Path | None = None) -> pd.DataFrame:
     for (method, setting, profile, updates), runs in groups.items():
         row = {"method": method, "setting": setting, "profile": profile, "updates": updates, "seeds": len(runs)}
         finished = [run["metrics"] for run in runs if run["status"] == "done"]
-        for metric, (heading, decimals) in COLUMNS.items():
-            values = [m[metric]["value"] for m in finished if math.isfinite(m[metric]["value"])]
-            row[heading] = spread(values, decimals) if values else "diverged"
+        for metric, (heading, decimals) in columns(finished).items():
+            values = [m[metric]["value"] for m in finished if metric in m and math.isfinite(m[metric]["value"])]
+            row[heading] = spread(values, decimals) if values else "–" if finished else "diverged"
         row["minutes"] = round(statistics.mean(run["seconds"] for run in runs) / 60, 1)
         rows.append(row)
     return pd.DataFrame(rows)
@@ -168,11 +179,12 @@ def our_rows(dataset: str, folder: Path | None = None) -> pd.DataFrame:
 def table(dataset: str, folder: Path | None = None) -> pd.DataFrame:
     r"""The papers' rows, and behind each the records of the same method, or "not run" and why."""
     ours = our_rows(dataset, folder)
-    rows = []
-    for printed in papers(dataset, folder):
+    rows, known = [], papers(dataset, folder)
+    shown = [name for name in ("NLL", "score", "modes", "high quality") if any(name in row for row in known)]
+    for printed in known:
         key = printed.get("ours")
         row = {"method": printed["method"], "source": printed["source"]}
-        row |= {f"paper {name}": printed.get(name, "") for name in ("NLL", "score")}
+        row |= {f"paper {name}": printed.get(name, "") for name in shown}
         match = ours[ours["method"] == key] if key and len(ours) else ours[:0]
         for _, run in match.iterrows():
             ours_is = {"ours": f"{run['setting']}, {run['profile']}"}
@@ -180,6 +192,7 @@ def table(dataset: str, folder: Path | None = None) -> pd.DataFrame:
         if not len(match):
             reason = f"not run: svae run {dataset} {key} --profile cpu" if key else f"not run: {printed['reason']}"
             rows.append(row | {"ours": reason})
-    measured = ["updates", "seeds", *(heading for heading, _ in COLUMNS.values()), "minutes"]
-    columns = ["method", "source", "paper NLL", "paper score", "ours", *measured]
-    return pd.DataFrame(rows, columns=columns, dtype=object).fillna("")
+    kinds = MODE_COLUMNS if "modes" in shown else COLUMNS
+    measured = ["updates", "seeds", *(heading for heading, _ in kinds.values()), "minutes"]
+    headings = ["method", "source", *(f"paper {name}" for name in shown), "ours", *measured]
+    return pd.DataFrame(rows, columns=headings, dtype=object).fillna("")
