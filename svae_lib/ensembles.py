@@ -41,6 +41,43 @@ class GroupedLinear(nn.Module):
         return layer
 
 
+class GroupedBatchNorm(nn.BatchNorm1d):
+    r"""R batch normalisations side by side; (R·B, features), each run by the statistics of its own B rows.
+
+    `scales` as in `GroupedLinear`, for the gain and bias that are learned.
+    """
+
+    def __init__(self, layers: Sequence[nn.BatchNorm1d], scales: Tensor) -> None:
+        super().__init__(len(layers) * layers[0].num_features)
+        self.runs = len(layers)
+        self.register_buffer("scales", scales.repeat_interleave(layers[0].num_features))
+        for name, value in self.state_dict().items():
+            if name in ("weight", "bias"):
+                value.copy_(torch.cat([getattr(layer, name).detach() for layer in layers]) / self.scales)
+            elif name.startswith("running"):
+                value.copy_(torch.cat([getattr(layer, name) for layer in layers]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        side_by_side = x.unflatten(0, (self.runs, -1)).transpose(0, 1).flatten(1)
+        use_batch = self.training
+        if use_batch:
+            self.num_batches_tracked += 1
+        y = nn.functional.batch_norm(
+            side_by_side, self.running_mean, self.running_var, self.scales * self.weight, self.scales * self.bias,
+            use_batch, self.momentum, self.eps,
+        )  # fmt: skip
+        return y.unflatten(1, (self.runs, -1)).transpose(0, 1).flatten(0, 1)
+
+    def alone(self, run: int) -> nn.BatchNorm1d:
+        r"""The layer of one run."""
+        features = self.num_features // self.runs
+        layer, mine = nn.BatchNorm1d(features), slice(run * features, (run + 1) * features)
+        own = {"weight": self.scales * self.weight, "bias": self.scales * self.bias}
+        own |= {"running_mean": self.running_mean, "running_var": self.running_var}
+        layer.load_state_dict({name: value[mine] for name, value in own.items()}, strict=False)
+        return layer.train(self.training)
+
+
 def stack(nets: Sequence[nn.Module], scales: Tensor | None = None) -> nn.Module:
     r"""One net out of R of the same shape; `scales` (R,) are their relative step sizes.
 
@@ -49,7 +86,9 @@ def stack(nets: Sequence[nn.Module], scales: Tensor | None = None) -> nn.Module:
     scales = torch.ones(len(nets)) if scales is None else scales
     if isinstance(nets[0], nn.Linear):
         return GroupedLinear(nets, scales)
-    if isinstance(nets[0], nn.BatchNorm1d) or [*nets[0].parameters(recurse=False)]:
+    if isinstance(nets[0], nn.BatchNorm1d):
+        return GroupedBatchNorm(nets, scales)
+    if [*nets[0].parameters(recurse=False)]:
         raise UserError(f"runs with a layer of type {type(nets[0]).__name__} cannot be trained together")
     stacked = copy.copy(nets[0])
     stacked._modules = {name: stack([net._modules[name] for net in nets], scales) for name in nets[0]._modules}
@@ -58,7 +97,7 @@ def stack(nets: Sequence[nn.Module], scales: Tensor | None = None) -> nn.Module:
 
 def alone(net: nn.Module, run: int) -> nn.Module:
     r"""One run's net out of a stacked one."""
-    if isinstance(net, GroupedLinear):
+    if isinstance(net, GroupedLinear | GroupedBatchNorm):
         return net.alone(run)
     single = copy.copy(net)
     single._modules = {name: alone(module, run) for name, module in net._modules.items()}
