@@ -94,7 +94,8 @@ class Point(NamedTuple):
         return self.mean, None
 
     def log_prob(self, value: Tensor) -> Tensor:
-        raise UserError("this needs a density where the net only draws; set encoder=gaussian and decoder=gaussian")
+        cure = "set encoder=gaussian, decoder=gaussian and components=1"
+        raise UserError(f"this needs a density where the net only draws; {cure}")
 
 
 class DiscretisedGaussian(NamedTuple):

@@ -146,7 +146,8 @@ class Method:
     `critics` says what each critic sees: "xz" pairs, "x" data alone, "xx" pairs of data, or "energy" of x.
     Without `codes` there is no encoder. `defaults` are the hyperparameters it was published with,
     `after_critic` runs after each critic step, on its draws. Objectives that are not means over samples are not
-    `separable`: their runs cannot share a batch.
+    `separable`: their runs cannot share a batch. `data` names the kinds of data it is defined for, and
+    `on_points` what differs from `defaults` on points.
     """
 
     name: str
@@ -160,6 +161,8 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     after_critic: Callable[[Draws], None] | None = None
     separable: bool = True
+    data: tuple[str, ...] = ("images", "points")
+    on_points: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.critic is None:
@@ -169,7 +172,10 @@ class Method:
 def mean_squared_slope(scores: Tensor, pair: Sequence[Tensor]) -> Tensor:
     r"""E ‖∇f‖² over all arguments of f, the R1/R2 penalty on whatever was scored: (B,), B each -> scalar.
 
+    Of features (B, m) it is E ‖Jacobian‖²_F, estimated without bias: E_v ‖Jᵀv‖² for v ~ N(0, I).
     Source: Mescheder et al. 2018.
     """
+    if scores.dim() > 1:
+        scores = scores * torch.randn_like(scores)
     slopes = torch.autograd.grad(scores.sum(), pair, create_graph=True)
     return sum(slope.square().sum() for slope in slopes) / len(scores)

@@ -99,8 +99,12 @@ class Experiment:
         ):
             if name not in known:
                 raise UserError(f"unknown {kind} '{name}'; choose one of: {', '.join(known)}")
+        row = methods.METHODS[method]
+        if kind_of_data not in row.data:
+            raise UserError(f"{method} needs {' or '.join(row.data)}, and {dataset} holds {kind_of_data}")
         experiment = Experiment(dataset, method, profile, setting, seed)
-        named = profiles[profile] | settings[setting] | methods.METHODS[method].defaults
+        named = profiles[profile] | settings[setting] | row.defaults
+        named |= row.on_points if kind_of_data == "points" else {}
         for key, value in (named | changes).items():
             experiment = experiment._with(key, value)
         return experiment

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from svae_lib import flows, nets
+from svae_lib.augment import Augmented
 from svae_lib.draws import Method, Model
 from svae_lib.errors import UserError
 
@@ -21,12 +22,15 @@ DECODERS = ("gaussian", "point")
 class Nets:
     r"""Sizes and switches of the nets; the defaults are the literal reading of A.1."""
 
+    architecture: str = "a1"  # of images: a1, or dcgan with `channels`
+    channels: int = 64  # of the largest feature maps of dcgan; they double when the sides halve
     z_dim: int = 64
     hidden: int = 128  # width of every "MLP": unstated
     depth: int = 2  # hidden layers of the nets of points
     encoder: str = "gaussian"
     flow_length: int = 80  # layers of a flow encoder (A §5.2)
     decoder: str = "gaussian"  # points only: "point" adds no noise. Images have Bernoulli pixels
+    components: int = 1  # decoders that are mixed with learned weights (`nets.MixtureGenerator`)
     norm: str = "batch"
     dropout: float = 0.0  # in encoder and decoder
     critic_hidden: int = 128
@@ -36,9 +40,11 @@ class Nets:
     critic_outputs: int = 1  # more than one: features, for the methods that compare them
     instance_noise: float = 0.0
     spectral: bool = False  # spectral norm of every layer of the critics (Miyato et al. 2018)
+    augment: bool = False  # critics see images through DiffAugment (`svae_lib.augment`)
 
     def __post_init__(self) -> None:
         for name, known in (
+            ("architecture", nets.ARCHITECTURES),
             ("norm", nets.NORMS),
             ("critic_norm", nets.NORMS),
             ("critic_pool", nets.POOLS),
@@ -50,29 +56,38 @@ class Nets:
         for name in ("dropout", "critic_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
-        for name in ("z_dim", "hidden", "depth", "flow_length", "critic_hidden", "critic_outputs"):
+        sizes = ("channels", "z_dim", "hidden", "depth", "flow_length", "components", "critic_hidden", "critic_outputs")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be positive, not {getattr(self, name)}")
 
 
 def build_model(sizes: Nets, method: Method, shape: tuple[int, ...], seed: int) -> Model:
-    r"""Freshly initialised nets (Xavier) for images (C, H, W) or points (d,), determined by the seed."""
+    r"""Freshly initialised nets for images (C, H, W) or points (d,), determined by the seed.
+
+    Every critic has a buffer `multiplier`, zero, for a method whose critic is constrained (`Method.after_critic`).
+    """
     torch.manual_seed(seed)
     make = _image_nets if len(shape) == 3 else _point_nets
-    encoder, decoder, critic = make(sizes, shape)
-    built = [
-        encoder() if method.codes else None,
-        decoder(),
-        [critic(kind) for kind in method.critics],
-    ]
-    for net in [*filter(None, built[:2]), *built[2]]:
-        nets.init_xavier(net)
+    make_encoder, make_decoder, make_critic = make(sizes, shape)
+    encoder = make_encoder() if method.codes else None
+    several = sizes.components > 1
+    decoder = nets.MixtureGenerator([make_decoder() for _ in range(sizes.components)]) if several else make_decoder()
+    critics = [make_critic(kind) for kind in method.critics]
+    for net in [*filter(None, (encoder, decoder)), *critics]:
+        nets.init_xavier(net) if sizes.architecture == "a1" else nets.init_dcgan(net)
+    critics = [_constrained(critic, sizes) for critic in critics]
+    return Model(encoder, decoder, critics, sizes.z_dim)
+
+
+def _constrained(critic: nn.Module, sizes: Nets) -> nn.Module:
     if sizes.spectral:
-        for critic in built[2]:
-            for layer in critic.modules():
-                if isinstance(layer, nn.Linear | nn.Conv2d):
-                    spectral_norm(layer)
-    return Model(*built, sizes.z_dim)
+        for layer in critic.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+                spectral_norm(layer)
+    critic = Augmented(critic) if sizes.augment else critic
+    critic.register_buffer("multiplier", torch.zeros(()))
+    return critic
 
 
 def _encoder(body: nn.Module, sizes: Nets) -> nn.Module:
@@ -87,25 +102,39 @@ def _encoder(body: nn.Module, sizes: Nets) -> nn.Module:
 
 
 def _image_nets(sizes: Nets, shape: tuple[int, ...]) -> tuple[Callable[..., nn.Module], ...]:
-    def encoder() -> nn.Module:
-        return _encoder(nets.a1_features(shape, sizes.hidden, sizes.norm, sizes.dropout), sizes)
+    a1 = sizes.architecture == "a1"
 
-    def decoder() -> nn.Module:
-        return nets.A1Decoder(shape, sizes.z_dim, sizes.hidden, sizes.norm, sizes.dropout)
+    def body(hidden: int, norm: str, dropout: float) -> nn.Module:
+        if a1:
+            return nets.a1_features(shape, hidden, norm, dropout)
+        of_x, width = nets.dcgan_features(shape, sizes.channels, norm, dropout)
+        return nn.Sequential(of_x, nn.Linear(width, hidden), nn.LeakyReLU(0.2))
+
+    def encoder() -> nn.Module:
+        return _encoder(body(sizes.hidden, sizes.norm, sizes.dropout), sizes)
+
+    def decoder(z_dim: int = sizes.z_dim) -> nn.Module:
+        if a1:
+            return nets.A1Decoder(shape, z_dim, sizes.hidden, sizes.norm, sizes.dropout)
+        return nets.DCGANDecoder(shape, z_dim, sizes.channels, sizes.norm)
 
     def critic(kind: str) -> nn.Module:
         hidden, norm, dropout = sizes.critic_hidden, sizes.critic_norm, sizes.critic_dropout
         if kind == "energy":
-            body = nets.a1_features(shape, hidden, norm, dropout)
-            return nets.Energy(nn.Sequential(body, nets.A1Decoder(shape, hidden, hidden)))
+            return nets.Energy(nn.Sequential(body(hidden, norm, dropout), decoder(hidden)))
         parts, width = [], 0
         for letter in kind:
             if letter == "x":
-                of_x, features = nets.a1_critic_features(shape, norm, dropout, sizes.critic_pool)
+                if a1:
+                    of_x, features = nets.a1_critic_features(shape, norm, dropout, sizes.critic_pool)
+                else:
+                    of_x, features = nets.dcgan_features(shape, sizes.channels, norm, dropout)
                 parts.append(nn.Sequential(nets.Noise(sizes.instance_noise), of_x))
             else:
                 parts.append(nets.mlp(sizes.z_dim, features := hidden, 1, dropout=dropout))
             width += features
+        if kind == "x" and not a1:  # as published: one linear layer on the features
+            return nets.Critic(parts, nn.Linear(width, sizes.critic_outputs))
         return nets.Critic(parts, _scores(nets.mlp(width, hidden, 1, dropout=dropout), sizes))
 
     return encoder, decoder, critic
@@ -113,6 +142,8 @@ def _image_nets(sizes: Nets, shape: tuple[int, ...]) -> tuple[Callable[..., nn.M
 
 def _point_nets(sizes: Nets, shape: tuple[int, ...]) -> tuple[Callable[..., nn.Module], ...]:
     (dim,) = shape
+    if sizes.augment or sizes.architecture != "a1":
+        raise UserError("augment and architecture=dcgan need images, and these data are points")
 
     def body(inputs: int) -> nn.Module:
         return nets.mlp(inputs, sizes.hidden, sizes.depth, sizes.norm, sizes.dropout)

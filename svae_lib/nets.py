@@ -30,12 +30,25 @@ POINT_NORMS = {
 
 POOLS = ("average", "none")
 
+ARCHITECTURES = ("a1", "dcgan")
+
 
 def init_xavier(net: nn.Module) -> nn.Module:
     r"""Xavier-uniform weights and zero biases (paper S §6)."""
     for module in net.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return net
+
+
+def init_dcgan(net: nn.Module) -> nn.Module:
+    r"""N(0, 0.02²) weights, N(1, 0.02²) slopes of the norms, and zero biases. Source: Radford et al. 2016."""
+    for module in net.modules():
+        norm = isinstance(module, nn.BatchNorm2d | nn.GroupNorm)
+        if norm or isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.normal_(module.weight, float(norm), 0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     return net
@@ -195,3 +208,87 @@ class Energy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.autoencoder(x).mean).flatten(1).norm(dim=1)
+
+
+class MixtureGenerator(nn.Module):
+    r"""T generators and the logits of their weights: z (B, z_dim) -> Point (B, ...), one draw of the mixture each.
+
+    Which component draws is part of the noise that went in, as z is. It has no pathwise gradient: a method
+    learns the weights from `components` and `log_weights`. Source: Arora et al. 2017.
+    """
+
+    def __init__(self, generators: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.generators = nn.ModuleList(generators)
+        self.logits = nn.Parameter(torch.zeros(len(generators)))
+
+    @property
+    def log_weights(self) -> Tensor:
+        r"""log w (T,), w = softmax of the logits; uniform at first."""
+        return self.logits.log_softmax(0)
+
+    def components(self, z: Tensor) -> Tensor:
+        r"""What every component makes of every z: (B, z_dim) -> (T, B, ...)."""
+        return torch.stack([generator(z).mean for generator in self.generators])
+
+    def forward(self, z: Tensor) -> Point:
+        chosen = torch.multinomial(self.log_weights.detach().exp(), len(z), replacement=True)
+        return Point(self.components(z)[chosen, torch.arange(len(z), device=z.device)])
+
+
+# The deep convolutional GAN -----------------------------------------------------------------------------
+
+
+def dcgan_sides(shape: tuple[int, int, int]) -> list[tuple[int, int]]:
+    r"""The sides of the images in the nets, halved until they are at most 7: 64, 32, 16, 8, 4; 28, 14, 7; 8, 4."""
+    sides = [shape[1:]]
+    while len(sides) == 1 or max(sides[-1]) > 7:
+        height, width = sides[-1]
+        if height % 2 or width % 2:
+            raise UserError(f"the DCGAN nets need image sides that halve down to 7 or less, not {shape[1]}×{shape[2]}")
+        sides.append((height // 2, width // 2))
+    return sides
+
+
+class DCGANDecoder(nn.Module):
+    r"""The generator: MLP, then 4×4 deconvolutions of stride 2 with BN and ReLU, the channels halved each time.
+
+    The paper's four deconvolutions make 64×64 pixels; smaller images have fewer. Its tanh in [−1, 1] is our
+    sigmoid of the logits in [0, 1]. z (B, z_dim) -> BernoulliImage over (B, C, H, W). Source: Radford et al. 2016.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], z_dim: int, channels: int = 64, norm: str = "batch") -> None:
+        super().__init__()
+        *outer, (height, width) = dcgan_sides(shape)
+        wide = [channels * 2**stage for stage in reversed(range(len(outer)))]
+        layers = [nn.Linear(z_dim, wide[0] * height * width), nn.Unflatten(1, (wide[0], height, width))]
+        layers += [NORMS[norm](wide[0]), nn.ReLU()]
+        for inputs, outputs in zip(wide, wide[1:], strict=False):
+            layers += [nn.ConvTranspose2d(inputs, outputs, 4, 2, 1), NORMS[norm](outputs), nn.ReLU()]
+        self.net = nn.Sequential(*layers, nn.ConvTranspose2d(channels, shape[0], 4, 2, 1))
+
+    def forward(self, z: Tensor) -> BernoulliImage:
+        return BernoulliImage(self.net(z).float())
+
+
+class Centre(nn.Module):
+    r"""[0, 1] -> [−1, 1]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x - 1
+
+
+def dcgan_features(
+    shape: tuple[int, int, int], channels: int = 64, norm: str = "batch", dropout: float = 0.0
+) -> tuple[nn.Sequential, int]:
+    r"""The discriminator without its last layer, and its features: 4×4 convolutions of stride 2, leaky ReLU 0.2.
+
+    The channels double each time; all but the first have a norm. Source: Radford et al. 2016.
+    """
+    *outer, (height, width) = dcgan_sides(shape)
+    wide = [shape[0], *(channels * 2**stage for stage in range(len(outer)))]
+    layers: list[nn.Module] = [Centre()]
+    for stage, (inputs, outputs) in enumerate(zip(wide, wide[1:], strict=False)):
+        layers += [nn.Conv2d(inputs, outputs, 4, 2, 1), NORMS[norm if stage else "none"](outputs)]
+        layers += [nn.LeakyReLU(0.2), nn.Dropout(dropout)]
+    return nn.Sequential(*layers, nn.Flatten()), wide[-1] * height * width

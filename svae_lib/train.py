@@ -34,6 +34,7 @@ class Training:
     lr: float = 1e-4  # Adam, players (S §6)
     critic_lr: float = 1e-4  # Adam, critic (S §6)
     beta1: float = 0.9  # Adam's default: unstated in the papers
+    beta2: float = 0.999  # likewise
     critic_steps: int = 1
     weight: float = 0.3  # λ of the method; S29: S §6
     penalty: float = 0.0  # weight of E‖∇f‖² on all that the critics are shown
@@ -91,7 +92,7 @@ class Trainer:
 
     def _adam(self, net: torch.nn.Module, lr: float) -> torch.optim.Adam:
         fused = self.device.type != "mps"
-        return torch.optim.Adam(net.parameters(), lr=lr, betas=(self.training.beta1, 0.999), fused=fused)
+        return torch.optim.Adam(net.parameters(), lr=lr, betas=(self.training.beta1, self.training.beta2), fused=fused)
 
     def _follow(self, average: list[Tensor], current: list[Tensor], count: Tensor) -> None:
         r"""EMA whose decay grows to `ema`, so that the initial weights are forgotten in short runs too."""
