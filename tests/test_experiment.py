@@ -43,7 +43,7 @@ def test_names_are_readable_and_tell_changes_apart():
         (["run", "digits", "gnu"], "unknown method 'gnu'; choose one of: vae"),
         (["run", "digits", "vae", "--profile", "fast"], "unknown profile 'fast'; choose one of: quick"),
         (["run", "digits", "vae", "--setting", "best"], "unknown setting 'best'; choose one of: literal"),
-        (["run", "digits", "vae", "--set", "lrr=1"], "unknown key 'lrr'; choose one of: z_dim"),
+        (["run", "digits", "vae", "--set", "lrr=1"], "unknown key 'lrr'; choose one of: architecture"),
         (["run", "digits", "vae", "--set", "updates=many"], "updates must be of type int, not 'many'"),
         (["run", "digits", "vae", "--set", "updates"], "--set wants KEY=VALUE"),
         (["run", "digits", "vae", "--device", "tpu"], "device 'tpu' is not available here"),
