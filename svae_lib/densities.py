@@ -7,7 +7,7 @@ sums over all but the first axis and returns one number per sample, in nats.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,10 @@ class DiagonalGaussian(NamedTuple):
         noise = torch.randn_like(self.mean) if noise is None else noise
         log_prob = -0.5 * (noise.square() + self.log_var + LOG_2PI).flatten(1).sum(1)
         return self.rsample(noise), log_prob
+
+    def standardise(self, value: Tensor) -> Tensor:
+        r"""(v − μ)/σ, the noise that `rsample` would have made it of."""
+        return (value - self.mean) * (-0.5 * self.log_var).exp()
 
     def entropy(self) -> Tensor:
         r"""h = ½ Σ [log σ² + log 2πe]; -> (B,)."""
@@ -82,10 +86,12 @@ class BernoulliImage(NamedTuple):
 class Point(NamedTuple):
     r"""All mass at one point, (B, ...): a network that adds no noise, or whose noise went in at its input.
 
-    It can be drawn from and has no density: `log_prob` raises UserError.
+    It can be drawn from and has no density: `log_prob` raises UserError. With noise at the input, `moments` may be
+    the Gaussian that has the mean and the variances of the unknown density.
     """
 
     mean: Tensor
+    moments: DiagonalGaussian | None = None
 
     def rsample(self, noise: Tensor | None = None) -> Tensor:
         return self.mean
@@ -127,3 +133,11 @@ class DiscretisedGaussian(NamedTuple):
 def standard_normal_log_prob(z: Tensor) -> Tensor:
     r"""log N(z; 0, I), the prior p(z); (B, ...) -> (B,)."""
     return -0.5 * (z.square() + LOG_2PI).flatten(1).sum(1)
+
+
+def kl_to_prior(q: Any, z: Tensor, log_q: Tensor | None) -> Tensor:
+    r"""KL(q ‖ p(z)) in nats: in closed form for a Gaussian, else log q(z) − log p(z), estimated by z ~ q; -> (B,)."""
+    if isinstance(q, DiagonalGaussian):
+        return q.kl_to_standard()
+    log_q = q.log_prob(z) if log_q is None else log_q
+    return log_q - standard_normal_log_prob(z)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from svae_lib import objectives
-from svae_lib.densities import DiagonalGaussian, standard_normal_log_prob
+from svae_lib.densities import kl_to_prior
 
 
 @dataclass
@@ -99,11 +99,7 @@ class Draws:
     @cached_property
     def kl_to_prior(self) -> Tensor:
         r"""KL(q_φ(z|x) ‖ p(z)): in closed form for a Gaussian, else log q_φ(z̃|x) − log p(z̃), its one-draw estimate."""
-        if isinstance(self.q_z_given_x, DiagonalGaussian):
-            return self.q_z_given_x.kl_to_standard()
-        z, log_q = self._z_q_and_log_q
-        log_q = self.q_z_given_x.log_prob(z) if log_q is None else log_q
-        return log_q - standard_normal_log_prob(z)
+        return kl_to_prior(self.q_z_given_x, *self._z_q_and_log_q)
 
     @cached_property
     def log_p_x_given_z(self) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from svae_lib import data, methods, metrics, records
+from svae_lib.autoregressive import PixelModel
 from svae_lib.classifier import accuracy, load_classifier
 from svae_lib.device import choose_device, describe
 from svae_lib.draws import Method, Model
@@ -32,6 +33,7 @@ class Evaluation:
     r"""How much is spent on the numbers of a record."""
 
     score_samples: int = 10_000
+    pixelwise_samples: int = 100  # the same, of models that draw pixel by pixel: a pass of the net for each
     iw_samples: int = 5_000  # K
     iw_images: int = 1_000  # images on which the gap to the ELBO is measured
 
@@ -224,7 +226,9 @@ def _evaluate_points(experiment: Experiment, players: nn.ModuleDict, x: Tensor, 
 
 def _evaluate_images(experiment: Experiment, players: nn.ModuleDict, images: Tensor, log_probs: Classifier) -> Metrics:
     how, decoder = experiment.evaluation, players["decoder"]
-    values = {}
+    values, count = {}, how.score_samples
+    if isinstance(decoder, PixelModel):
+        values, count = metrics.exact_nll(decoder, images), min(count, how.pixelwise_samples)
     if "encoder" in players:
         encoder = players["encoder"]
         distortion, rate = metrics.elbo_parts(encoder, decoder, images, dynamic=False)
@@ -232,7 +236,7 @@ def _evaluate_images(experiment: Experiment, players: nn.ModuleDict, images: Ten
         values |= {"distortion_grey": metrics.summary(distortion), "rate": metrics.summary(rate)}
         values |= metrics.dynamic_nll(encoder, decoder, images, how.iw_samples, min(how.iw_images, len(images)))
         values |= metrics.reconstruction_error(encoder, decoder, images)
-    samples = metrics.sample_images(decoder, experiment.nets.z_dim, how.score_samples, images.device)
+    samples = metrics.sample_images(decoder, experiment.nets.z_dim, count, images.device)
     values["score"] = metrics.classifier_score(log_probs, samples)
     return values
 

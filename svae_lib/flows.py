@@ -29,6 +29,11 @@ class FlowDensity(NamedTuple):
     base: DiagonalGaussian
     map: Planar | Zuko
 
+    @property
+    def mean(self) -> Tensor:
+        r"""T(base mean), where reconstructions start from; the expectation itself has no closed form."""
+        return self.map.forward(self.base.mean)[0]
+
     def rsample(self, noise: Tensor | None = None) -> Tensor:
         r"""A draw, differentiable in all parameters; `noise` gives the ε of the base."""
         return self.rsample_and_log_prob(noise)[0]

@@ -8,7 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from svae_lib import gans, objectives
+from svae_lib.densities import DiagonalGaussian, standard_normal_log_prob
 from svae_lib.draws import Draws, Method, lrt
+from svae_lib.errors import UserError
 
 # Variational ---------------------------------------------------------------------------------------
 
@@ -16,6 +18,47 @@ from svae_lib.draws import Draws, Method, lrt
 def vae(d: Draws) -> Tensor:
     r"""S1; the KL to the prior in closed form where the encoder is Gaussian."""
     return objectives.elbo(d.log_p_x_given_z, d.kl_to_prior)
+
+
+def log_likelihood(d: Draws) -> Tensor:
+    r"""E_q(x) log p_θ(x), for decoders that are a density of x whatever z is (`svae_lib.autoregressive`)."""
+    return d.model.decoder(d.z_p).log_prob(d.x).mean()
+
+
+# Variational, the KL by a critic: adversarial variational Bayes (Mescheder et al. 2017) -----------------
+# Its critic is T = −f: T* = log q_φ(z|x) − log r(z|x) is high on encoder pairs. The logistic loss that it
+# maximises, E_qφ log σ(T) + E_r log(1 − σ(T)), is S10 with f = −T.
+
+
+def avb_critic(d: Draws) -> Tensor:
+    r"""S10 for pairs (x, z̃) and (x, z) with z ~ p(z), the same x: f* = log p(z) − log q_φ(z|x)."""
+    return objectives.critic_lrt(d.score(d.x, d.z_q), d.score(d.x, d.z_p))
+
+
+def avb(d: Draws) -> Tensor:
+    r"""S1 with f in the place of log p(z) − log q_φ(z|x); the encoder needs no density."""
+    return objectives.elbo(d.log_p_x_given_z, -d.score(d.x, d.z_q))
+
+
+def moments(d: Draws) -> DiagonalGaussian:
+    r"""r(z|x), the Gaussian with the mean and variances of q_φ(z|x). Raises UserError where they are not known."""
+    q = d.q_z_given_x
+    r = q if isinstance(q, DiagonalGaussian) else getattr(q, "moments", None)
+    if r is None:
+        raise UserError("adaptive contrast needs the mean and variance of the encoder; set encoder=implicit")
+    return r
+
+
+def avb_ac_critic(d: Draws) -> Tensor:
+    r"""S10 between ζ = (z̃ − E z̃)/√Var z̃ and noise, given x: f* = log r(z|x) − log q_φ(z|x), zero if q_φ is Gaussian."""
+    return objectives.critic_lrt(d.score(d.x, moments(d).standardise(d.z_q)), d.score(d.x, d.z_p))
+
+
+def avb_ac(d: Draws) -> Tensor:
+    r"""S1 with log p(z) − log q_φ(z|x) = log p(z) − log r(z|x) + f(x, ζ): what is known is not left to the critic."""
+    r = moments(d)
+    kl = r.log_prob(d.z_q) - standard_normal_log_prob(d.z_q) - d.score(d.x, r.standardise(d.z_q))
+    return objectives.elbo(d.log_p_x_given_z, kl)
 
 
 # Symmetric -----------------------------------------------------------------------------------------
@@ -112,6 +155,24 @@ def alice_a(d: Draws) -> Tensor:
 
 ROWS = (
     Method("vae", "variational autoencoder: maximise the evidence lower bound", "–", "S1", vae, critic=None),
+    Method("nf-vae", "VAE with 80 planar layers", "–", "S1", vae, critic=None, defaults={"encoder": "planar"}),
+    Method(
+        "iaf-vae", "VAE with 8 inverse autoregressive layers", "–", "S1", vae, critic=None,
+        defaults={"encoder": "iaf", "flow_length": 8},
+    ),
+    Method("avb", "adversarial variational Bayes", "S10", "S1", avb, avb_critic, defaults={"encoder": "implicit"}),
+    Method(
+        "avb-ac", "the same with adaptive contrast", "S10", "S1", avb_ac, avb_ac_critic,
+        defaults={"encoder": "implicit"},
+    ),
+    Method(
+        "pixelcnn", "PixelCNN++: maximise log p itself", "–", "likelihood", log_likelihood, critic=None, codes=False, data=("images",),
+        defaults={"decoder": "pixelcnn", "hidden": 64, "depth": 5, "lr": 1e-3},
+    ),
+    Method(
+        "pixelrnn", "the same with LSTMs over diagonals", "–", "likelihood", log_likelihood, critic=None, codes=False, data=("images",),
+        defaults={"decoder": "pixelrnn", "hidden": 32, "depth": 7, "lr": 1e-3},
+    ),
     Method("svae", "symmetric VAE: raise the critic on encoder pairs, lower it on decoder pairs", "S10", "S14", svae),
     Method("svae-r", "symmetric VAE with λ times the reconstruction of x and of z", "S10", "S29", svae_r),
     Method("wake-sleep", "decoder and encoder each fit the pairs of the other", "–", "halves", wake_sleep, critic=None),

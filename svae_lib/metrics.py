@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from svae_lib.data import binarise, grey
-from svae_lib.densities import standard_normal_log_prob
+from svae_lib.densities import Point, kl_to_prior, standard_normal_log_prob
 from svae_lib.mixtures import Mixture
 
 Metric = dict[str, float]
@@ -32,9 +33,29 @@ def batches(images: Tensor, size: int = 250) -> Iterator[Tensor]:
     return map(grey, images.split(size))
 
 
+def proposal(q: Any) -> Any:
+    r"""The density that bounds are made with: the encoder's own, or the Gaussian of its moments if it has none.
+
+    Any density over the codes gives a bound, and this one lies where the implicit encoder's draws do.
+    """
+    return q.moments if isinstance(q, Point) and q.moments is not None else q
+
+
+@torch.no_grad()
+def exact_nll(model: nn.Module, images: Tensor) -> dict[str, Metric]:
+    r"""−log p(x) of the 256 grey levels by a density of x itself: in nats an image, and in bits a number.
+
+    uint8 (N, C, H, W); `model` as in `svae_lib.autoregressive`.
+    """
+    nll = torch.cat([-model(x).log_prob(x) for x in batches(images)])
+    return {"nll": summary(nll), "bits_per_dim": summary(nll / (images[0].numel() * math.log(2)))}
+
+
 @torch.no_grad()
 def elbo_parts(encoder: nn.Module, decoder: nn.Module, images: Tensor, dynamic: bool) -> tuple[Tensor, Tensor]:
     r"""S1 per image, one draw of z each: (−log p_θ(x|z), KL(q_φ(z|x) ‖ p(z))) in nats, each (N,).
+
+    The KL is in closed form for a Gaussian, else the estimate by the same draw.
 
     dynamic=False: x is the grey image, as input and as target (A §5.1). dynamic=True: x is a fresh
     binarisation of it, as input and as target. uint8 (N, C, H, W) -> two (N,).
@@ -42,9 +63,10 @@ def elbo_parts(encoder: nn.Module, decoder: nn.Module, images: Tensor, dynamic: 
     distortion, rate = [], []
     for x in batches(images):
         x = binarise(x) if dynamic else x
-        q = encoder(x)
-        distortion.append(-decoder(q.rsample()).log_prob(x))
-        rate.append(q.kl_to_standard())
+        q = proposal(encoder(x))
+        z, log_q = q.rsample_and_log_prob()
+        distortion.append(-decoder(z).log_prob(x))
+        rate.append(kl_to_prior(q, z, log_q))
     return torch.cat(distortion), torch.cat(rate)
 
 
@@ -58,12 +80,12 @@ def importance_weighted_nll(
     """
     bounds = []
     for image in x.split(1):
-        q = encoder(image)
+        q = proposal(encoder(image))
         log_weights = []
         for size in [chunk] * (samples // chunk) + [samples % chunk] * (samples % chunk > 0):
-            z = q.rsample(torch.randn(size, q.mean.shape[1], device=x.device))
+            z, log_q = q.rsample_and_log_prob(torch.randn(size, q.mean.shape[1], device=x.device))
             log_joint = decoder(z).log_prob(image.expand(size, *image.shape[1:])) + standard_normal_log_prob(z)
-            log_weights.append(log_joint - q.log_prob(z))
+            log_weights.append(log_joint - log_q)
         bounds.append(math.log(samples) - torch.cat(log_weights).logsumexp(0))
     return torch.stack(bounds)
 
@@ -92,7 +114,7 @@ def reconstruction_error(encoder: nn.Module, decoder: nn.Module, images: Tensor)
     r"""Error of x̂, the decoder mean at the encoder mean, in both units that "RMSE" may have."""
     square = []
     for x in batches(images):
-        square.append((decoder(encoder(x).mean).mean - x).square().flatten(1))
+        square.append((decoder(proposal(encoder(x)).mean).mean - x).square().flatten(1))
     return error_units(torch.cat([s.sum(1) for s in square]), square[0].shape[1])
 
 

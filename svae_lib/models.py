@@ -11,11 +11,13 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from svae_lib import flows, nets
 from svae_lib.augment import Augmented
+from svae_lib.autoregressive import PixelCNN, PixelRNN
 from svae_lib.draws import Method, Model
 from svae_lib.errors import UserError
 
-ENCODERS = ("gaussian", "planar", "iaf", "spline")
-DECODERS = ("gaussian", "point")
+ENCODERS = ("gaussian", "planar", "iaf", "spline", "implicit")
+PIXEL_BY_PIXEL = ("pixelcnn", "pixelrnn")
+DECODERS = ("gaussian", "point", *PIXEL_BY_PIXEL)
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,10 @@ class Nets:
     channels: int = 64  # of the largest feature maps of dcgan; they double when the sides halve
     z_dim: int = 64
     hidden: int = 128  # width of every "MLP": unstated
-    depth: int = 2  # hidden layers of the nets of points
+    depth: int = 2  # hidden layers of the nets of points, and of the pixel models
     encoder: str = "gaussian"
     flow_length: int = 80  # layers of a flow encoder (A §5.2)
-    decoder: str = "gaussian"  # points only: "point" adds no noise. Images have Bernoulli pixels
+    decoder: str = "gaussian"  # of points; "point" adds no noise. Images: Bernoulli pixels, or a pixel model
     components: int = 1  # decoders that are mixed with learned weights (`nets.MixtureGenerator`)
     norm: str = "batch"
     dropout: float = 0.0  # in encoder and decoder
@@ -67,6 +69,8 @@ def build_model(sizes: Nets, method: Method, shape: tuple[int, ...], seed: int) 
 
     Every critic has a buffer `multiplier`, zero, for a method whose critic is constrained (`Method.after_critic`).
     """
+    if sizes.decoder in PIXEL_BY_PIXEL and (method.codes or method.critics):
+        raise UserError(f"a {sizes.decoder} has no codes and no differentiable draws; use the method {sizes.decoder}")
     torch.manual_seed(seed)
     make = _image_nets if len(shape) == 3 else _point_nets
     make_encoder, make_decoder, make_critic = make(sizes, shape)
@@ -92,6 +96,8 @@ def _constrained(critic: nn.Module, sizes: Nets) -> nn.Module:
 
 def _encoder(body: nn.Module, sizes: Nets) -> nn.Module:
     width, z_dim = sizes.hidden, sizes.z_dim
+    if sizes.encoder == "implicit":
+        return nets.ImplicitEncoder(body, width, z_dim)
     layers = {
         "gaussian": lambda: None,
         "planar": lambda: flows.PlanarLayers(z_dim, sizes.flow_length, width),
@@ -114,6 +120,10 @@ def _image_nets(sizes: Nets, shape: tuple[int, ...]) -> tuple[Callable[..., nn.M
         return _encoder(body(sizes.hidden, sizes.norm, sizes.dropout), sizes)
 
     def decoder(z_dim: int = sizes.z_dim) -> nn.Module:
+        if sizes.decoder == "pixelcnn":
+            return PixelCNN(shape, sizes.hidden, sizes.depth, sizes.dropout)
+        if sizes.decoder == "pixelrnn":
+            return PixelRNN(shape, sizes.hidden, sizes.depth)
         if a1:
             return nets.A1Decoder(shape, z_dim, sizes.hidden, sizes.norm, sizes.dropout)
         return nets.DCGANDecoder(shape, z_dim, sizes.channels, sizes.norm)

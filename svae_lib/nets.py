@@ -123,6 +123,30 @@ class PointHead(nn.Module):
         return Point(self.linear(features).to(self.linear.weight.dtype))
 
 
+class ImplicitEncoder(nn.Module):
+    r"""z = c(x) + Σ_k a_k(x) ⊙ v_k(ε_k), ε_k ~ N(0, I): draws without a density, whose first two moments are known.
+
+    The nets v_k do not see x, so their means and variances are shared by a batch and estimated from `others` draws:
+    E z = c + Σ a_k E v_k and Var z = Σ a_k² Var v_k. u -> Point in (B, dim). Source: Mescheder et al. 2017.
+    """
+
+    def __init__(self, body: nn.Module, width: int, dim: int, sources: int = 8, others: int = 512) -> None:
+        super().__init__()
+        self.body, self.dim, self.others = body, dim, others
+        self.head = nn.Linear(width, (1 + sources) * dim)
+        self.sources = nn.ModuleList(nn.Sequential(mlp(dim, width, 2), nn.Linear(width, dim)) for _ in range(sources))
+
+    def forward(self, u: Tensor) -> Point:
+        made = self.head(self.body(u)).to(self.head.weight.dtype).unflatten(1, (-1, self.dim))
+        c, a = made[:, 0], made[:, 1:]
+        noise = torch.randn(len(self.sources), len(u) + self.others, self.dim, device=u.device)
+        v = torch.stack([source(eps) for source, eps in zip(self.sources, noise, strict=True)], 1).to(c.dtype)
+        v, others = v.split([len(u), self.others])
+        variance = (a.square() * others.var(0)).sum(1)
+        log_var = variance.log().clamp(-LOG_VAR_LIMIT, LOG_VAR_LIMIT)
+        return Point(c + (a * v).sum(1), DiagonalGaussian(c + (a * others.mean(0)).sum(1), log_var))
+
+
 class A1Decoder(nn.Module):
     r"""p_θ(x|z) of A.1: MLP, deconv 64 s2, deconv 32 s2, and a 3×3 convolution to the pixel logits.
 

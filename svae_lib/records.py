@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from svae_lib import __version__
 from svae_lib.data import grey
 from svae_lib.errors import UserError
+from svae_lib.metrics import proposal
 
 if TYPE_CHECKING:
     from svae_lib.experiment import Experiment
@@ -30,6 +31,8 @@ COLUMNS = {  # metric in a record -> heading, decimals
     "elbo_grey": ("ELBO, grey", 1),
     "elbo_dynamic": ("ELBO, binarised", 1),
     "iw_dynamic": ("IW bound, binarised", 1),
+    "nll": ("NLL, 256 levels", 1),
+    "bits_per_dim": ("bits/dim", 2),
     "rmse_grey": ("RMSE, levels", 1),
     "l2": ("RMSE, L2", 2),
     "score": ("score", 2),
@@ -133,7 +136,7 @@ def write_pictures(folder: Path, experiment: Experiment, players: nn.ModuleDict,
     x = grey(test[:10])
     save_image(players["decoder"](z).mean, f"{stem}.samples.png", nrow=8, padding=1)
     if "encoder" in players:
-        x_hat = players["decoder"](players["encoder"](x).mean).mean
+        x_hat = players["decoder"](proposal(players["encoder"](x)).mean).mean
         save_image(torch.cat([x, x_hat]), f"{stem}.reconstructions.png", nrow=10, padding=1)
 
 
