@@ -143,16 +143,16 @@ def test_skew_lays_diagonals_into_columns_and_back():
 @pytest.mark.parametrize("shape", [(1, 1, 2), (2, 1, 1)])
 def test_draws_follow_the_density(kind, shape):
     """Two numbers: all 65,536 images are listed, and moments of the draws compared within 4 standard errors."""
-    made, count = model(kind, shape, size=0.6), 4_000
-    x = all_colours(2).reshape(-1, *shape)
+    made, count = model(kind, shape, size=0.3, dtype=torch.float32), 2_000
+    x = all_colours(2).reshape(-1, *shape).float()
     with torch.no_grad():
-        log_p = made(torch.empty(len(x))).log_prob(x)
+        log_p = made(torch.empty(len(x))).log_prob(x).to(REAL)
         torch.manual_seed(2)
         drawn = made(torch.empty(count)).rsample()
         log_p_drawn = made(torch.empty(count)).log_prob(drawn)
     p = log_p.exp()
-    assert_close(p.sum(), torch.ones((), dtype=REAL), rtol=0, atol=1e-9)
-    assert_close(drawn, levels(drawn) / torch.tensor(255, dtype=REAL), rtol=0, atol=1e-12)
+    assert_close(p.sum(), torch.ones((), dtype=REAL), rtol=0, atol=1e-4)
+    assert_close(drawn, levels(drawn) / 255, rtol=0, atol=1e-6)
     a, b = (t.flatten(1).unbind(1) for t in (x, drawn))
     statistics = [(a[0], b[0]), (a[1], b[1]), (a[0] * a[1], b[0] * b[1]), (a[0] ** 2, b[0] ** 2), (log_p, log_p_drawn)]
     for exact, sampled in statistics:

@@ -19,6 +19,7 @@ from svae_lib.flows import (
     NEWTON_LIMIT,
     FlowDensity,
     FlowEncoder,
+    InverseAutoregressiveLayers,
     Planar,
     PlanarLayers,
     SplineLayers,
@@ -49,6 +50,8 @@ def layers(kind: str, dim: int, length: int, seed: int = 0, size: float = 1.0) -
     torch.manual_seed(seed)
     if kind == "spline":
         return SplineLayers(dim, length, WIDTH, hidden=8)
+    if kind == "iaf":
+        return InverseAutoregressiveLayers(dim, length, WIDTH, hidden=8)
     made = PlanarLayers(dim, length, WIDTH if kind == "amortised" else 0)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -61,7 +64,7 @@ def density(kind: str, batch: int, dim: int, length: int, seed: int = 0, size: f
     return FlowDensity(base, layers(kind, dim, length, seed, size)(normal(batch, WIDTH, seed=seed + 3)))
 
 
-KINDS = ("shared", "amortised", "spline")
+KINDS = ("shared", "amortised", "spline", "iaf")
 everywhere = pytest.mark.parametrize(("kind", "dim", "length"), [(k, d, n) for k in KINDS for d, n in [(1, 2), (4, 3)]])
 
 
@@ -100,7 +103,7 @@ def test_densities_integrate_to_one_and_wrong_ones_do_not(kind: str, seed: int) 
     with torch.no_grad():
         z, log_det = d.map.inverse(grid)
         base, log_q = d.base.log_prob(z), d.log_prob(grid)
-    tolerance = 5e-3 if kind == "spline" else 1e-5  # of the trapezoid rule; splines have kinks
+    tolerance = 5e-3 if kind in ("spline", "iaf") else 1e-5  # of the trapezoid rule; ReLUs and splines have kinks
     assert abs(log_q.exp().sum() * area - 1) < tolerance
     for wrong in (base, base + log_det):  # dropped, and with the wrong sign
         assert abs(wrong.exp().sum() * area - 1) > 10 * tolerance
@@ -170,11 +173,14 @@ def test_newton_in_a_batch_in_single_precision_and_at_zero() -> None:
     assert torch.equal(newton(c.double(), torch.ones(10_000))[0], c.double())
 
 
-@pytest.mark.parametrize(("kind", "length"), [(k, n) for k in KINDS for n in (1, 8, 80) if (k, n) != ("spline", 80)])
+LENGTHS = {"shared": (1, 8, 80), "amortised": (1, 8, 80), "spline": (1, 8), "iaf": (1, 8)}  # 80 affine layers explode
+
+
+@pytest.mark.parametrize(("kind", "length"), [(kind, length) for kind in KINDS for length in LENGTHS[kind]])
 def test_round_trips(kind: str, length: int) -> None:
     torch.manual_seed(0)
-    made = {"shared": 0, "amortised": WIDTH}
-    flow = PlanarLayers(5, length, made[kind]) if kind in made else SplineLayers(5, length, WIDTH, 8)
+    width = {"shared": 0, "amortised": WIDTH}
+    flow = PlanarLayers(5, length, width[kind]) if kind in width else layers(kind, 5, length)
     z = normal(200, 5)
     with torch.no_grad():
         there = flow(normal(200, WIDTH, seed=1))
@@ -269,6 +275,7 @@ def test_a_flow_encoder_takes_the_place_of_a_gaussian_one_in_single_precision() 
         (lambda: PlanarLayers(0, 3), "no planar flow has 3 layers over 0 numbers"),
         (lambda: PlanarLayers(2, 3, -1), "made from -1 features"),
         (lambda: SplineLayers(2, 0, WIDTH, 8), "no spline flow has 0 layers"),
+        (lambda: InverseAutoregressiveLayers(2, 0, WIDTH, 8), "no inverse autoregressive flow has 0 layers"),
         (lambda: density("shared", 4, 2, 3).log_prob(normal(4, 3)), "over 2 numbers, but the value has 3"),
     ],
 )

@@ -16,6 +16,7 @@ from torch.nn.functional import logsigmoid
 from torch.overrides import TorchFunctionMode
 
 from svae_lib import methods
+from svae_lib.densities import standard_normal_log_prob
 from svae_lib.draws import Draws, Method, Model
 from svae_lib.exact import PHI, THETA, World, cubature, lattice
 from svae_lib.generators import halfway, jensen_shannon
@@ -31,7 +32,7 @@ class ExactCritic(nn.Module):
 
     def __init__(self, world, name="log_ratio", blocks=1):
         super().__init__()
-        self.exact = getattr(world.frozen(), name)
+        self.exact = name(world.frozen()) if callable(name) else getattr(world.frozen(), name)
         self.psi = nn.Parameter(torch.zeros(blocks, 6, dtype=torch.float64))
 
     def forward(self, x, z):
@@ -350,6 +351,41 @@ def test_alice_a_critics_climb_their_own_likelihood_ratios():
 
 
 # The registry ----------------------------------------------------------------------------------------
+
+
+# Adversarial variational Bayes -----------------------------------------------------------------------
+
+
+def log_reference(world):
+    """f* = log p(z) − log q_φ(z|x), the critic's optimum where the reference is the prior."""
+    return lambda x, z: standard_normal_log_prob(z) - world.encoder()(x).log_prob(z)
+
+
+def nothing(world):
+    """f* where the reference is the Gaussian encoder itself: there is nothing left to tell apart."""
+    return lambda x, z: torch.zeros_like(x[:, 0])
+
+
+@dims
+def test_avb_rows_with_exact_critics_follow_the_bound(x_dim, z_dim):
+    world = World.random(x_dim, z_dim, seed=7).with_grad()
+    for name, critic in (("avb", log_reference), ("avb-ac", nothing)):
+        value = METHODS[name].player(exact_draws(world, names=[critic]))
+        same(value, world.L_x())
+        same(gradient(value, world), gradient(world.L_x(), world))
+        other = METHODS["avb"].player(exact_draws(world, names=[nothing]))  # without the KL
+        refuses(gradient(other, world), gradient(world.L_x(), world))
+
+
+@planes
+def test_avb_critics_are_stationary_at_their_optimum(seed):
+    world, noise, weights = plane(seed)
+    for name, right, wrong in (("avb", log_reference, nothing), ("avb-ac", nothing, log_reference)):
+        with Weighted(weights):
+            slope = climb(name, exact_draws(world, names=[right], eps=noise))
+            other = climb(name, exact_draws(world, names=[wrong], eps=noise))
+        same(slope, torch.zeros_like(slope))
+        refuses(other, slope)
 
 
 def test_a_method_is_one_registration():
