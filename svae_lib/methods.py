@@ -160,18 +160,21 @@ ROWS = (
         "iaf-vae", "VAE with 8 inverse autoregressive layers", "–", "S1", vae, critic=None,
         defaults={"encoder": "iaf", "flow_length": 8},
     ),
-    Method("avb", "adversarial variational Bayes", "S10", "S1", avb, avb_critic, defaults={"encoder": "implicit"}),
+    Method(
+        "avb", "adversarial variational Bayes: the encoder has no density", "S10", "S1", avb, avb_critic,
+        defaults={"encoder": "implicit", "beta1": 0.5},
+    ),
     Method(
         "avb-ac", "the same with adaptive contrast", "S10", "S1", avb_ac, avb_ac_critic,
-        defaults={"encoder": "implicit"},
+        defaults={"encoder": "implicit", "beta1": 0.5},
     ),
     Method(
-        "pixelcnn", "PixelCNN++: maximise log p itself", "–", "likelihood", log_likelihood, critic=None, codes=False, data=("images",),
-        defaults={"decoder": "pixelcnn", "hidden": 64, "depth": 5, "lr": 1e-3},
+        "pixelcnn", "PixelCNN++: maximise log p itself", "–", "likelihood", log_likelihood, critic=None, codes=False,
+        data=("images",), defaults={"decoder": "pixelcnn", "hidden": 64, "depth": 5, "lr": 1e-3},
     ),
     Method(
-        "pixelrnn", "the same with LSTMs over diagonals", "–", "likelihood", log_likelihood, critic=None, codes=False, data=("images",),
-        defaults={"decoder": "pixelrnn", "hidden": 32, "depth": 7, "lr": 1e-3},
+        "pixelrnn", "the same with LSTMs over diagonals", "–", "likelihood", log_likelihood, critic=None, codes=False,
+        data=("images",), defaults={"decoder": "pixelrnn", "hidden": 32, "depth": 7, "lr": 1e-3},
     ),
     Method("svae", "symmetric VAE: raise the critic on encoder pairs, lower it on decoder pairs", "S10", "S14", svae),
     Method("svae-r", "symmetric VAE with λ times the reconstruction of x and of z", "S10", "S29", svae_r),

@@ -199,15 +199,15 @@ def test_a_record_holds_the_likelihood_itself(kind, monkeypatch):
 @pytest.mark.parametrize(
     ("dataset", "method", "changes", "says"),
     [
-        ("ring8", "pixelcnn", {}, "a pixelcnn models images, pixel by pixel, and no points"),
-        ("ring8", "pixelrnn", {}, "a pixelrnn models images"),
+        ("ring8", "pixelcnn", {}, "pixelcnn needs images, and ring8 holds points"),
+        ("ring8", "pixelrnn", {}, "pixelrnn needs images, and ring8 holds points"),
+        ("ring8", "vae", {"decoder": "pixelcnn"}, "a pixelcnn has no codes"),
         ("digits", "vae", {"decoder": "pixelcnn"}, "a pixelcnn has no codes"),
         ("digits", "gan", {"decoder": "pixelrnn"}, "a pixelrnn has no codes and no differentiable draws"),
         ("patches32", "pixelrnn", {"hidden": 2}, "of 3 channels needs hidden=3 or more"),
     ],
 )
 def test_what_a_pixel_model_cannot_do_is_said_in_one_sentence(dataset, method, changes, says):
-    made = Experiment.make(dataset, method, **changes)
     shape = {"ring8": (2,), "digits": (1, 8, 8), "patches32": (3, 32, 32)}[dataset]
     with pytest.raises(UserError, match=says):
-        build_model(made.nets, METHODS[method], shape, 0)
+        build_model(Experiment.make(dataset, method, **changes).nets, METHODS[method], shape, 0)
