@@ -46,7 +46,7 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "points": {
         "quick": {"updates": 400, "log_every": 100, "score_samples": 2_500},
-        "cpu": {"updates": 6_000, "log_every": 1_000, "score_samples": 2_500},
+        "cpu": {"updates": 12_000, "log_every": 2_000, "score_samples": 2_500},
         "paper": {"updates": 200_000, "log_every": 20_000, "score_samples": 2_500},
     },
 }
@@ -297,8 +297,9 @@ def run_together(
 def run_all(experiments: Sequence[Experiment], *options: Any) -> list[records.Record]:
     r"""The experiments of one method, together where that is possible, one by one where it is not."""
     first = experiments[0]
-    plain = (first.nets.norm, first.nets.critic_norm, first.nets.encoder, first.nets.spectral)
-    stackable = plain == ("none", "none", "gaussian", False) and methods.METHODS[first.method].separable
+    norms = {first.nets.norm, first.nets.critic_norm}
+    plain = norms <= {"none", "batch"} and first.nets.encoder == "gaussian" and not first.nets.spectral
+    stackable = plain and methods.METHODS[first.method].separable
     if first.dataset in MIXTURES and stackable:
         return run_together(experiments, *options)
     return [run(experiment, *options) for experiment in experiments]
