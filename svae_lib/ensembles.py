@@ -84,7 +84,7 @@ def stack(nets: Sequence[nn.Module], scales: Tensor | None = None) -> nn.Module:
     Raises UserError if something other than plain linear layers would learn or mix the samples.
     """
     scales = torch.ones(len(nets)) if scales is None else scales
-    if isinstance(nets[0], nn.Linear):
+    if type(nets[0]) is nn.Linear:  # not one whose weight is made from another, as by a spectral norm
         return GroupedLinear(nets, scales)
     if isinstance(nets[0], nn.BatchNorm1d):
         return GroupedBatchNorm(nets, scales)

@@ -188,6 +188,8 @@ def _stacked(made: list[Model], experiments: Sequence[Experiment], method: Metho
             raise UserError(f"{e.name} and {first.name} differ in more than seed and step sizes; run them one by one")
     if not method.separable:
         raise UserError(f"the objective of {method.name} is no mean over samples; run its seeds one by one")
+    if first.training.clip and len({e.training.critic_lr for e in experiments}) > 1:  # stored in units of the pace
+        raise UserError("clipped critics with different critic_lr cannot be trained together; run them one by one")
     pace = torch.tensor([e.training.lr / first.training.lr for e in experiments])
     critic_pace = torch.tensor([e.training.critic_lr / first.training.critic_lr for e in experiments])
     encoder = stack([m.encoder for m in made], pace) if method.codes else None

@@ -521,3 +521,18 @@ def test_the_slope_penalty_of_features_is_the_squared_norm_of_the_jacobian():
     error = (2 * (gram @ gram).trace() / len(x)).sqrt()
     assert abs(estimate - matrix.square().sum()) < 4 * error
     assert abs(matrix.sum(1).square().sum() - matrix.square().sum()) > 4 * error, "the slope of the sum is another"
+
+
+def test_constraints_that_stacking_would_lose_are_refused():
+    def together(name, *changes, **common):
+        made = [Experiment.make("ring8", name, **SMALL | common | change) for change in changes]
+        return experiment.prepare_together(made, one_gaussian(), CPU)
+
+    with pytest.raises(UserError, match="ParametrizedLinear cannot be trained together"):
+        together("gan", {"seed": 0}, {"seed": 1}, spectral=True)
+    with pytest.raises(UserError, match="clipped critics with different critic_lr"):
+        together("wgan", {"critic_lr": 1e-3}, {"critic_lr": 1e-4})
+    assert together("wgan", {"seed": 0}, {"seed": 1}).runs == 2
+    for name in ("mix-wgan", "mmd-gan", "fisher-gan", "mcgan-mean", "mcgan-cov"):
+        with pytest.raises(UserError, match="is no mean over samples"):
+            together(name, {"seed": 0}, {"seed": 1})
