@@ -248,7 +248,7 @@ def test_fisher_multiplier_climbs_where_the_constraint_is_broken():
 MEAN, STD = torch.tensor([1.0, -0.5]), torch.tensor([0.6, 0.3])
 SMALL = {
     "hidden": 32, "critic_hidden": 32, "depth": 2, "batch": 64, "lr": 3e-3, "critic_lr": 3e-3, "ema": 0.95,
-    "updates": 100, "log_every": 100,
+    "updates": 100, "log_every": 100, "norm": "none", "decay": False,
 }  # fmt: skip
 TAMED = {"penalty": 0.1, "beta1": 0.5, "updates": 200}  # without it small nets circle around the solution
 CHANGES = {
