@@ -35,7 +35,7 @@ class GroupedLinear(nn.Module):
     def alone(self, run: int) -> nn.Linear:
         r"""The layer of one run."""
         inputs, outputs = self.weight.shape[1:]
-        layer = nn.Linear(inputs, outputs)
+        layer = nn.Linear(inputs, outputs, dtype=self.weight.dtype, device=self.weight.device)
         layer.weight.data = (self.scales * self.weight)[run].detach().mT.clone()
         layer.bias.data = (self.scales * self.bias)[run, 0].detach().clone()
         return layer
@@ -71,7 +71,8 @@ class GroupedBatchNorm(nn.BatchNorm1d):
     def alone(self, run: int) -> nn.BatchNorm1d:
         r"""The layer of one run."""
         features = self.num_features // self.runs
-        layer, mine = nn.BatchNorm1d(features), slice(run * features, (run + 1) * features)
+        layer = nn.BatchNorm1d(features, dtype=self.weight.dtype, device=self.weight.device)
+        mine = slice(run * features, (run + 1) * features)
         own = {"weight": self.scales * self.weight, "bias": self.scales * self.bias}
         own |= {"running_mean": self.running_mean, "running_var": self.running_var}
         layer.load_state_dict({name: value[mine] for name, value in own.items()}, strict=False)
