@@ -121,7 +121,6 @@ class Draws:
         r"""The same value with x_p held fixed: its φ-gradient is the missing half of −∇_φ KL(p_θ ‖ q_φ)."""
         return self.model.encoder(self.x_p.detach()).log_prob(self.z_p)
 
-
     def of_others(self, z: Tensor) -> Tensor:
         r"""The same codes in another order: everyone gets those of a neighbour in the batch, an independent draw."""
         return z.unflatten(0, (self.runs, -1)).roll(1, 1).flatten(0, 1)

@@ -11,32 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from svae_lib import data, methods, metrics, records
-from svae_lib.autoregressive import PixelModel
-from svae_lib.classifier import accuracy, load_classifier
+from svae_lib import data, evaluation, methods, metrics, records
 from svae_lib.device import choose_device, describe
 from svae_lib.draws import Method, Model
 from svae_lib.ensembles import alone, stack
 from svae_lib.errors import UserError
-from svae_lib.mixtures import MIXTURES, Mixture
+from svae_lib.evaluation import Evaluation
+from svae_lib.mixtures import MIXTURES
 from svae_lib.models import Nets, build_model
 from svae_lib.train import Diverged, Trainer, Training
-
-Metrics = dict[str, metrics.Metric]
-Classifier = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    r"""How much is spent on the numbers of a record."""
-
-    score_samples: int = 10_000
-    pixelwise_samples: int = 100  # the same, of models that draw pixel by pixel: a pass of the net for each
-    iw_samples: int = 5_000  # K
-    iw_images: int = 1_000  # images on which the gap to the ELBO is measured
-
 
 PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     "images": {
@@ -202,55 +187,14 @@ def evaluate(
 ) -> dict[str, metrics.Metric]:
     r"""Every number of a record, on the test split; `number` is that of the run among those trained together."""
     torch.manual_seed(experiment.seed)
-    players, test = _players(trainer, number), dataset.test.to(trainer.device).images
-    if dataset.name in MIXTURES:
-        return _evaluate_points(experiment, players, test, MIXTURES[dataset.name])
-    return _evaluate_images(experiment, players, test, load_classifier(dataset, trainer.device))
+    players = evaluated(trainer, number)
+    return evaluation.evaluate(players, dataset, trainer.device, experiment.nets.z_dim, experiment.evaluation)
 
 
-def _players(trainer: Trainer, number: int) -> nn.ModuleDict:
+def evaluated(trainer: Trainer, number: int) -> nn.ModuleDict:
+    r"""The players of one of the runs trained together."""
     players = trainer.evaluated_players()
     return players if trainer.runs == 1 else alone(players, number)
-
-
-@torch.no_grad()
-def _evaluate_points(experiment: Experiment, players: nn.ModuleDict, x: Tensor, target: Mixture) -> Metrics:
-    z = torch.randn(experiment.evaluation.score_samples, experiment.nets.z_dim)
-    draws = players["decoder"](z).rsample()
-    values = metrics.coverage(target, draws)
-    values["score"] = metrics.classifier_score(target.log_posterior, draws)
-    if "encoder" in players:
-        x_hat = players["decoder"](players["encoder"](x).rsample()).rsample()
-        values["l2"] = metrics.summary((x_hat - x).norm(dim=1))
-        values["mse"] = metrics.summary((x_hat - x).square().sum(1))
-    return values
-
-
-def _evaluate_images(experiment: Experiment, players: nn.ModuleDict, images: Tensor, log_probs: Classifier) -> Metrics:
-    how, decoder = experiment.evaluation, players["decoder"]
-    values, count = {}, how.score_samples
-    if isinstance(decoder, PixelModel):
-        values, count = metrics.exact_nll(decoder, images), min(count, how.pixelwise_samples)
-    if "encoder" in players:
-        encoder = players["encoder"]
-        distortion, rate = metrics.elbo_parts(encoder, decoder, images, dynamic=False)
-        values = {"elbo_grey": metrics.summary(distortion + rate)}
-        values |= {"distortion_grey": metrics.summary(distortion), "rate": metrics.summary(rate)}
-        values |= metrics.dynamic_nll(encoder, decoder, images, how.iw_samples, min(how.iw_images, len(images)))
-        values |= metrics.reconstruction_error(encoder, decoder, images)
-    samples = metrics.sample_images(decoder, experiment.nets.z_dim, count, images.device)
-    values["score"] = metrics.classifier_score(log_probs, samples)
-    return values
-
-
-def real_data(dataset: data.Dataset, device: torch.device) -> dict[str, Any]:
-    r"""The row that every score is judged by: the same classifier on the real test images."""
-    if dataset.name in MIXTURES:
-        target, x = MIXTURES[dataset.name], dataset.test.images
-        return metrics.coverage(target, x) | {"score": metrics.classifier_score(target.log_posterior, x)}
-    classifier, test = load_classifier(dataset, device), dataset.test.to(device)
-    score = metrics.classifier_score(classifier, test.images)
-    return {"score": score, "classifier_accuracy": accuracy(classifier, test)}
 
 
 def run(
@@ -280,7 +224,8 @@ def run_together(
         chosen = choose_device(device)
         dataset = data.load(missing[0].dataset)
         trainer = prepare_together(missing, dataset, chosen)
-        shared = {"real_data": real_data(dataset, chosen), "environment": records.environment(describe(chosen))}
+        shared = {"real_data": evaluation.real_data(dataset, chosen)}
+        shared["environment"] = records.environment(describe(chosen))
         reason = ""
         try:
             trainer.fit(data.cache() / "runs" / f"{missing[0].name}-{len(missing)}.pt", on_log)
@@ -292,7 +237,7 @@ def run_together(
             found[e.name] = _record(e, trainer, dataset, number, reason) | shared
             records.write(folder, found[e.name])
             if found[e.name]["status"] == "done":
-                records.write_pictures(folder, e, _players(trainer, number), dataset.test.to(chosen).images)
+                records.write_pictures(folder, e, evaluated(trainer, number), dataset.test.to(chosen).images)
     return list(found.values())
 
 

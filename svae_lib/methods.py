@@ -94,11 +94,20 @@ def svae_elbo(d: Draws) -> Tensor:
 # Adversarial symmetric: two critics ------------------------------------------------------------------
 
 
+def f_1_critic(d: Draws) -> Tensor:
+    r"""A5: f_1 tells encoder pairs from decoder pairs with the codes of others in the batch, draws of p_θ(x) p(z)."""
+    return objectives.critic_lrt(f_q=d.score(d.x_p, d.of_others(d.z_p)), f_p=d.score(d.x, d.z_q))
+
+
+def f_2_critic(d: Draws, critic: int = 0) -> Tensor:
+    r"""A6: f_2 tells decoder pairs from encoder pairs with the codes of others, draws of q(x) q_φ(z)."""
+    shuffled = d.score(d.x, d.of_others(d.z_q), critic=critic)
+    return objectives.critic_lrt(f_q=shuffled, f_p=d.score(d.x_p, d.z_p, critic=critic))
+
+
 def as_vae_critics(d: Draws) -> Tensor:
-    r"""A5, A6: f_1 tells encoder pairs, f_2 decoder pairs, from pairs with the codes of others in the batch."""
-    f_1 = objectives.critic_lrt(f_q=d.score(d.x_p, d.of_others(d.z_p)), f_p=d.score(d.x, d.z_q))
-    f_2 = objectives.critic_lrt(f_q=d.score(d.x, d.of_others(d.z_q), critic=1), f_p=d.score(d.x_p, d.z_p, critic=1))
-    return f_1 + f_2
+    r"""A5 and A6."""
+    return f_1_critic(d) + f_2_critic(d, critic=1)
 
 
 def as_vae_r(d: Draws) -> Tensor:
@@ -108,7 +117,7 @@ def as_vae_r(d: Draws) -> Tensor:
 
 def as_vae_g(d: Draws) -> Tensor:
     r"""A10, second half: E_pθ[log q_φ(z|x) − f_2(x, z)]."""
-    return (d.log_q_z_given_x - d.score(d.x_p, d.z_p, critic=1)).mean()
+    return (d.log_q_z_given_x - d.score(d.x_p, d.z_p)).mean()
 
 
 def as_vae(d: Draws) -> Tensor:
@@ -182,8 +191,8 @@ ROWS = (
     Method("svae-exact", "exact gradient of −KL_s: S14 plus its two missing halves", "S10", "S14 + halves", svae_exact),
     Method("svae-elbo", "the same gradient, L_x in closed form, a critic for L_z", "S10", "S1 + S13", svae_elbo),
     Method("as-vae", "adversarial symmetric VAE: two critics", "A5, A6", "A10", as_vae, as_vae_critics, ("xz", "xz")),
-    Method("as-vae-r", "its first half: reconstruct", "A5", "A10, half", as_vae_r, as_vae_critics, ("xz", "xz")),
-    Method("as-vae-g", "its second half: generate", "A6", "A10, half", as_vae_g, as_vae_critics, ("xz", "xz")),
+    Method("as-vae-r", "its first half: reconstruct", "A5", "A10, half", as_vae_r, f_1_critic),
+    Method("as-vae-g", "its second half: generate", "A6", "A10, half", as_vae_g, f_2_critic),
     Method("ali", "adversarially learned inference, labels exchanged", "S10", "S19", ali),
     Method("ali-saturating", "adversarially learned inference as a zero-sum game", "S10", "S18", ali_saturating),
     Method("alice", "ALI with an L2 cycle", "S10", "S19 + cycle", alice, defaults={"weight": 1.0}),

@@ -152,3 +152,12 @@ def test_torchvision_imports_after_the_cure():
     import torchvision
 
     assert torchvision.datasets.MNIST
+
+
+def test_stacked_digits_are_three_digits_and_their_label():
+    stacked, digits = data.load("stacked_digits"), data.load("digits")
+    assert stacked.shape == (3, 8, 8) and len(stacked.test) == len(digits.test)
+    pairs = zip(digits.test.images, digits.test.labels.tolist(), strict=True)
+    one = {image.numpy().tobytes(): label for image, label in pairs}
+    image, label = stacked.test.images[7], int(stacked.test.labels[7])
+    assert [one[channel.numpy().tobytes()] for channel in image] == [int(d) for d in f"{label:03d}"]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from svae_lib import cli, data, experiment, records
+from svae_lib import cli, data, evaluation, experiment, records
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
 from svae_lib.methods import METHODS
@@ -20,8 +20,8 @@ def own_cache(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     uniform = torch.full((10,), 0.1).log()
-    monkeypatch.setattr(experiment, "load_classifier", lambda dataset, device: lambda x: uniform.expand(len(x), 10))
-    monkeypatch.setattr(experiment, "accuracy", lambda net, split: 0.1)
+    monkeypatch.setattr(evaluation, "load_classifier", lambda dataset, device: lambda x: uniform.expand(len(x), 10))
+    monkeypatch.setattr(evaluation, "accuracy", lambda net, split: 0.1)
 
 
 def test_profile_then_setting_then_changes():

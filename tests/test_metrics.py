@@ -110,3 +110,19 @@ def test_classifier_score_by_hand():
 
 def test_classifier_score_survives_certainty():
     assert score([[1.0, 0.0], [0.0, 1.0]]) == pytest.approx(2.0)
+
+
+def test_stacked_digits_are_counted_by_their_triples():
+    images = torch.zeros(20_000, 3, 8, 8, dtype=torch.uint8)
+    triples = torch.randint(10, (20_000, 3), generator=torch.Generator().manual_seed(0))
+    images[:, :, 0, 0] = 25 * triples.to(torch.uint8)  # a digit that a toy classifier can read
+
+    def read(x):
+        assert x.shape[1:] == (1, 8, 8)
+        return torch.nn.functional.one_hot((x[:, 0, 0, 0] * 255 / 25).round().long(), 10).float()
+
+    found = metrics.stacked_coverage(read, images)
+    assert found["modes"]["value"] == len({tuple(t) for t in triples.tolist()})
+    collapsed = metrics.stacked_coverage(read, images[:1].expand(20_000, -1, -1, -1))
+    assert collapsed["modes"]["value"] == 1 and collapsed["mode_kl"]["value"] == pytest.approx(math.log(1000))
+    assert found["mode_kl"]["value"] == pytest.approx(999 / 40_000, rel=0.2)  # 999/2N to first order

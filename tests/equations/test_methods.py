@@ -181,9 +181,9 @@ def mean_log(under, density):
 @dims
 def test_as_vae_rows_with_exact_critics(x_dim, z_dim):
     world = World.random(x_dim, z_dim, seed=5).with_grad()
-    draws = exact_draws(world, names=CRITICS_A)
+    of_row = {"as-vae-r": CRITICS_A[:1], "as-vae-g": CRITICS_A[1:], "as-vae": CRITICS_A}
     reconstruct, generate = halves(world, world.frozen())
-    values = [METHODS[name].player(draws) for name in ("as-vae-r", "as-vae-g", "as-vae")]
+    values = [METHODS[name].player(exact_draws(world, names=critics)) for name, critics in of_row.items()]
     gradients = [gradient(value, world) for value in values]
     frozen = (reconstruct, generate, world.L_VAExz(world.frozen()))
     bounds = (world.L_VAEx(), world.L_VAEz(), world.L_VAEx() + world.L_VAEz())
@@ -205,7 +205,6 @@ def climb(method, draws):
 
 
 def test_as_vae_critic_objective_is_stationary_at_the_exact_critics():
-    assert len({METHODS[name].critic for name in ("as-vae", "as-vae-r", "as-vae-g")}) == 1
     world = World.random(1, 1, seed=6)
     noise = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     slopes = climb("as-vae", exact_draws(world, names=CRITICS_A, eps=noise, blocks=50))

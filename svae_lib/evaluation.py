@@ -1,0 +1,82 @@
+r"""What is measured of a trained model: the right metrics of `svae_lib.metrics` for its kind and its data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svae_lib import metrics
+from svae_lib.autoregressive import PixelModel
+from svae_lib.classifier import accuracy, load_classifier
+from svae_lib.data import STACKED, Dataset, load
+from svae_lib.mixtures import MIXTURES, Mixture
+
+Metrics = dict[str, metrics.Metric]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    r"""How much is spent on the numbers of a record."""
+
+    score_samples: int = 10_000
+    pixelwise_samples: int = 100  # the same, of models that draw pixel by pixel: a pass of the net for each
+    iw_samples: int = 5_000  # K
+    iw_images: int = 1_000  # images on which the gap to the ELBO is measured
+
+
+def evaluate(
+    players: nn.ModuleDict, dataset: Dataset, device: torch.device, z_dim: int, how: Evaluation
+) -> Metrics:
+    r"""Every number of a record, on the test split."""
+    if dataset.name in MIXTURES:
+        return _points(players, dataset.test.to(device).images, MIXTURES[dataset.name], z_dim, how)
+    return _images(players, dataset, device, z_dim, how)
+
+
+@torch.no_grad()
+def _points(players: nn.ModuleDict, x: Tensor, target: Mixture, z_dim: int, how: Evaluation) -> Metrics:
+    draws = players["decoder"](torch.randn(how.score_samples, z_dim, device=x.device)).rsample()
+    values = metrics.coverage(target, draws)
+    values["score"] = metrics.classifier_score(target.log_posterior, draws)
+    if "encoder" in players:
+        x_hat = players["decoder"](players["encoder"](x).rsample()).rsample()
+        values["l2"] = metrics.summary((x_hat - x).norm(dim=1))
+        values["mse"] = metrics.summary((x_hat - x).square().sum(1))
+    return values
+
+
+def _images(players: nn.ModuleDict, dataset: Dataset, device: torch.device, z_dim: int, how: Evaluation) -> Metrics:
+    decoder, images = players["decoder"], dataset.test.to(device).images
+    values, count = {}, how.score_samples
+    if isinstance(decoder, PixelModel):
+        values, count = metrics.exact_nll(decoder, images), min(count, how.pixelwise_samples)
+    if "encoder" in players:
+        encoder = players["encoder"]
+        distortion, rate = metrics.elbo_parts(encoder, decoder, images, dynamic=False)
+        values = {"elbo_grey": metrics.summary(distortion + rate)}
+        values |= {"distortion_grey": metrics.summary(distortion), "rate": metrics.summary(rate)}
+        values |= metrics.dynamic_nll(encoder, decoder, images, how.iw_samples, min(how.iw_images, len(images)))
+        values |= metrics.reconstruction_error(encoder, decoder, images)
+    samples = metrics.sample_images(decoder, z_dim, count, device)
+    return values | _score(dataset, device, samples)
+
+
+def _score(dataset: Dataset, device: torch.device, images: Tensor) -> Metrics:
+    if dataset.name in STACKED:  # three digits an image: which of the thousand combinations are there?
+        return metrics.stacked_coverage(load_classifier(load(STACKED[dataset.name]), device), images)
+    return {"score": metrics.classifier_score(load_classifier(dataset, device), images)}
+
+
+def real_data(dataset: Dataset, device: torch.device) -> dict[str, Any]:
+    r"""The row that every score is judged by: the same measure on the real test data."""
+    images = dataset.test.to(device).images
+    if dataset.name in MIXTURES:
+        target = MIXTURES[dataset.name]
+        return metrics.coverage(target, images) | {"score": metrics.classifier_score(target.log_posterior, images)}
+    values = _score(dataset, device, images)
+    if dataset.name not in STACKED:
+        values["classifier_accuracy"] = accuracy(load_classifier(dataset, device), dataset.test.to(device))
+    return values
