@@ -63,8 +63,9 @@ def print_record(record: dict) -> None:
     if record["status"] != "done":
         print(f"{record['status']}: {record['reason']}")
     print_metrics(record)
-    if "real_data" in record:
-        print(f"{'real test score':<20}{record['real_data']['score']['value']:>10.3f}")
+    for name, real in record["real_data"].items():
+        if name in record["metrics"]:
+            print(f"{name + ', real test':<24}{real['value']:>6.3f}")
 
 
 def print_metrics(record: dict) -> None:

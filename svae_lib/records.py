@@ -183,7 +183,7 @@ def table(dataset: str, folder: Path | None = None) -> pd.DataFrame:
     r"""The papers' rows, and behind each the records of the same method, or "not run" and why."""
     ours = our_rows(dataset, folder)
     rows, known = [], papers(dataset, folder)
-    shown = [name for name in ("NLL", "score", "modes", "high quality") if any(name in row for row in known)]
+    shown = [name for name in ("NLL", "score", "modes", "high quality", "KL") if any(name in row for row in known)]
     for printed in known:
         key = printed.get("ours")
         row = {"method": printed["method"], "source": printed["source"]}
