@@ -249,7 +249,8 @@ def with_outputs(chapter: Path) -> Any:
     if [cell.source for cell in cells] != [cell.source for cell in copy]:
         raise UserError(f"chapter {chapter.stem} changed while it was executed; give the command again")
     for cell, done in zip(cells, copy, strict=True):
-        cell.outputs, cell.execution_count = done.outputs, done.execution_count
+        hidden = "remove-output" in cell.metadata.get("tags", [])  # widgets: nothing to see without a kernel
+        cell.outputs, cell.execution_count = [] if hidden else done.outputs, done.execution_count
     return notebook
 
 
