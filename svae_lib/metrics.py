@@ -149,11 +149,11 @@ def classifier_score(log_probs: Callable[[Tensor], Tensor], images: Tensor, spli
     x runs over the model's samples (A §5.1 prints q(x); erratum 5). Mean and standard deviation over
     `splits` equal parts. `log_probs` maps grey (B, C, H, W) to (B, classes). Source: Salimans et al. 2016.
     """
-    p = torch.cat([log_probs(x) for x in batches(images)]).cpu().double().exp()
+    log_p = torch.cat([log_probs(x) for x in batches(images)]).cpu().double()
     scores = []
-    for part in p.chunk(splits):
-        divergence = -torch.special.entr(part) - torch.special.xlogy(part, part.mean(0))
-        scores.append(divergence.sum(1).mean().exp())
+    for part in log_p.chunk(splits):  # in logarithms: the probabilities of an ideal classifier underflow
+        ratio = part - (part.logsumexp(0) - math.log(len(part)))
+        scores.append(torch.where(part.exp() > 0, part.exp() * ratio, 0.0).sum(1).mean().exp())
     scores = torch.stack(scores)
     return {"value": scores.mean().item(), "se": scores.std(correction=splits > 1).item(), "n": len(images)}
 

@@ -126,3 +126,12 @@ def test_stacked_digits_are_counted_by_their_triples():
     collapsed = metrics.stacked_coverage(read, images[:1].expand(20_000, -1, -1, -1))
     assert collapsed["modes"]["value"] == 1 and collapsed["mode_kl"]["value"] == pytest.approx(math.log(1000))
     assert found["mode_kl"]["value"] == pytest.approx(999 / 40_000, rel=0.2)  # 999/2N to first order
+
+
+def test_a_score_stays_finite_where_probabilities_underflow():
+    x = torch.zeros(20, 1)
+    log_p = torch.tensor([[0.0, -744.0, -2_000.0]]).expand(20, 3).double()  # e^{-744} is the smallest double
+    assert metrics.classifier_score(lambda _: log_p[:20], x, splits=2)["value"] == pytest.approx(1.0)
+    one_hot = torch.full((20, 2), -2_000.0).double()
+    one_hot[:10, 0], one_hot[10:, 1] = 0.0, 0.0
+    assert metrics.classifier_score(lambda _: one_hot, x, splits=1)["value"] == pytest.approx(2.0)
