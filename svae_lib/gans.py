@@ -21,9 +21,9 @@ def of_x(objective: Scores) -> Callable[[Draws], Tensor]:
     return lambda d: objective(d.score(d.x), d.score(d.x_p))
 
 
-def of_features(metric: Scores) -> Callable[[Draws], Tensor]:
-    r"""A metric of features (φ_q, φ_p), both (B, m), as an objective of draws."""
-    return of_x(lambda phi_q, phi_p: metric(phi_q.reshape(len(phi_q), -1), phi_p.reshape(len(phi_p), -1)))
+def of_features(metric: Scores) -> Scores:
+    r"""A metric of features (φ_q, φ_p), both (B, m), as one of scores: a single feature comes as (B,)."""
+    return lambda phi_q, phi_p: metric(phi_q.reshape(len(phi_q), -1), phi_p.reshape(len(phi_p), -1))
 
 
 def lowered(objective: Callable[[Draws], Tensor]) -> Callable[[Draws], Tensor]:
@@ -106,8 +106,8 @@ def without_codes(
 
 gan_critic, descend = of_x(objectives.critic_lrt), of_x(objectives.symmetric)
 non_saturating = of_x(objectives.non_saturating)
-mmd_features, mean_features = of_features(mmd), of_features(ipm.mean_matching)
-covariance_features = of_features(ipm.covariance_matching)
+mmd_features, mean_features = of_x(of_features(mmd)), of_x(of_features(ipm.mean_matching))
+covariance_features = of_x(of_features(ipm.covariance_matching))
 
 # Clipped critics were published with RMSProp, which is Adam with β1 = 0: they do not bear momentum.
 CLIPPED = {"clip": 0.01, "critic_steps": 5, "beta1": 0.0, "beta2": 0.99}

@@ -1,0 +1,232 @@
+r"""The pages of methods: what the registry, the library's source and the run records say is printed from there.
+
+`{method} NAME` is the section of one method; what it holds is prose. `{methods}` lists all of them, `{lines} f g`
+shows functions of the library, given as module.name.
+"""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pandas as pd
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from svae_lib import gans, objectives, records
+from svae_lib.draws import Method, lrt
+from svae_lib.methods import METHODS
+from svae_lib.mixtures import MIXTURES
+from svae_lib.verify import NUMBER
+
+DATASETS = ("ring8", "grid25", "mnist")  # for which every method has its cells
+CRITICS = {"xz": "f(x, z)", "x": "f(x)", "xx": "f(x, x̂)", "energy": "f(x), the error of an autoencoder"}
+HALVES = "{eq}`grad-wake` and {eq}`grad-sleep`"
+FACTORIES = (gans.of_x, gans.of_features, gans.lowered)  # explained once, like S10
+SHARED = (*FACTORIES, lrt, objectives.critic_lrt)
+SHOWN = ("methods", "gans", "objectives", "ipm")  # modules whose functions are shown when a method calls them
+
+
+def equations(text: str) -> str:
+    r"""The registry's words for an equation, with links: "S14 + halves" -> "{eq}`S14` + {eq}`...`"."""
+    return re.sub(NUMBER, r"{eq}`\g<0>`", text).replace("halves", HALVES)
+
+
+def made_of(function: Callable) -> list[Callable]:
+    r"""The functions that a factory was given; none for a function of its own."""
+    if "<locals>" not in function.__qualname__:
+        return []
+    return [cell.cell_contents for cell in function.__closure__ or () if callable(cell.cell_contents)]
+
+
+def expression(function: Callable) -> str:
+    r"""How it is made: `of_x(symmetric)`, or its name."""
+    name = function.__qualname__.partition(".")[0]
+    parts = made_of(function)
+    return f"{name}({', '.join(map(expression, parts))})" if parts else name
+
+
+def reached(function: Callable) -> Iterator[Callable]:
+    r"""The function, or what a factory made it of, and the library's functions that these call, in order."""
+    parts = made_of(function)
+    for part in parts:
+        yield from reached(part)
+    if parts:
+        return
+    yield function
+    module = inspect.getmodule(function)
+    for name in re.findall(r"\b(?:objectives\.|ipm\.)?[a-z]\w*(?=\()", inspect.getsource(function)):
+        home, _, attribute = name.rpartition(".")
+        called = getattr(import_module(f"svae_lib.{home}") if home else module, attribute, None)
+        known = inspect.isfunction(called) and called.__module__.removeprefix("svae_lib.") in SHOWN
+        if known and called is not function:
+            yield from reached(called)
+
+
+def source(function: Callable) -> str:
+    r"""Its lines, of the docstring the first paragraph."""
+    text = textwrap.dedent(inspect.getsource(function))
+    return re.sub(r'(r"""(?:[^"\n]+\n)*?[^"\n]+)\n\n.*?"""', r'\1"""', text, count=1, flags=re.S).rstrip()
+
+
+def code(method: Method) -> str:
+    r"""Critic, players and what follows a critic step: how they are made, and the functions that they are made of."""
+    made = {"critic": method.critic, "player": method.player, "after_critic": method.after_critic}
+    made = {name: function for name, function in made.items() if function is not None}
+    heads = [f"{name} = {expression(f)}" for name, f in made.items() if made_of(f) or f is lrt]
+    bodies = dict.fromkeys(f for top in made.values() for f in reached(top) if f not in SHARED)
+    return "\n\n\n".join(filter(None, ["\n".join(heads), *map(source, bodies)]))
+
+
+def values(named) -> str:
+    return ", ".join(f"`{key} = {value!r}`" for key, value in named.items())
+
+
+def facts(method: Method) -> dict[str, str]:
+    r"""What the registry says of a method, in MyST."""
+    defaults = dict(method.defaults)
+    encoder = defaults.pop("encoder", "gaussian") if method.codes else "none"
+    decoder = defaults.pop("decoder", "gaussian")
+    said = {"gaussian": "Bernoulli pixels; on points a Gaussian", "point": "without noise"}.get(decoder, decoder)
+    critics = "; ".join(CRITICS[kind] for kind in method.critics) or "none"
+    critics += f", {defaults['critic_outputs']} numbers each" if "critic_outputs" in defaults else ""
+    found = {
+        "critic maximises": equations(method.critic_equation) if method.critic else "–",
+        "players maximise": equations(method.player_equation),
+        "encoder": encoder,
+        "decoder": said,
+        "critics": critics,
+        "defaults": values(defaults) + (f"; on points {values(method.on_points)}" if method.on_points else ""),
+        "data": " and ".join(method.data) + ("" if method.separable else "; its seeds are run one by one"),
+    }
+    return {name: text for name, text in found.items() if text}
+
+
+def command(dataset: str, method: str, setting: str, profile: str, seeds: list[int]) -> str:
+    r"""What repeats the runs of one row of `records.our_rows`."""
+    setting, *changes = setting.split()
+    parts = [f"svae run {dataset} {method} --profile {profile}", *(f"--set {change}" for change in changes)]
+    parts += [f"--setting {setting}"] if setting != "literal" else []
+    first, last = min(seeds), max(seeds)
+    return " ".join([*parts, f"--seed {first}-{last}" if last > first else f"--seed {first}"])
+
+
+def measured(method: str, dataset: str, folder: Path | None = None) -> pd.DataFrame:
+    r"""The records of a method on a dataset, one row a setting, each with the command that repeats it."""
+    key = ["method", "setting", "profile", "updates"]
+    rows = records.our_rows(dataset, folder)
+    rows = rows[rows["method"] == method] if len(rows) else rows
+    if not len(rows):
+        return pd.DataFrame()
+    seeds: dict[tuple, list[int]] = {}
+    for record in records.read_all(dataset, folder):
+        e, changes = record["experiment"], record["changes"]
+        setting = " ".join([e["setting"], *(f"{name}={value}" for name, value in changes.items())])
+        seeds.setdefault((e["method"], setting, e["profile"], e["updates"]), []).append(e["seed"])
+    rows["command"] = [
+        command(dataset, method, row["setting"], row["profile"], seeds[tuple(row[key])]) for _, row in rows.iterrows()
+    ]
+    wanted = (records.MODE_COLUMNS if dataset in MIXTURES else records.COLUMNS).values()
+    shown = [heading for heading, _ in wanted if any(rows[heading] != "–")]
+    return rows[["setting", "profile", "updates", "seeds", *shown, "minutes", "command"]]
+
+
+class Directive(SphinxDirective):
+    def parsed(self, text: str) -> list[nodes.Node]:
+        return self.state.inline_text(text, self.lineno)[0] if text else []
+
+    def paragraph(self, text: str, **attributes) -> nodes.paragraph:
+        return nodes.paragraph("", "", *self.parsed(text), **attributes)
+
+    def block(self, text: str, language: str) -> nodes.literal_block:
+        return nodes.literal_block(text, text, language=language)
+
+    def table(self, heads: list[str], rows: list[list[str]], classes: list[str]) -> nodes.table:
+        table, group = nodes.table(classes=classes), nodes.tgroup(cols=len(heads))
+        group += [nodes.colspec(colwidth=1) for _ in heads]
+        group += nodes.thead("", self.row(heads))
+        group += nodes.tbody("", *map(self.row, rows))
+        table += group
+        return table
+
+    def row(self, cells: list[str]) -> nodes.row:
+        return nodes.row("", *(nodes.entry("", self.paragraph(str(cell))) for cell in cells))
+
+
+class MethodSection(Directive):
+    r"""Summary, prose, facts, lines, records."""
+
+    required_arguments = 1
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        name = self.arguments[0]
+        if name not in METHODS:
+            raise self.error(f"there is no method '{name}'; svae methods lists them")
+        method, label = METHODS[name], f"method-{name}"
+        section = nodes.section(ids=[label], names=[label])
+        self.state.document.note_explicit_target(section)
+        section += [nodes.title("", name), self.paragraph(method.summary[0].upper() + method.summary[1:] + ".")]
+        self.state.nested_parse(self.content, self.content_offset, section)
+        section += self.facts(method)
+        section += self.block(code(method), "python")
+        for dataset in DATASETS:
+            if ("points" if dataset in MIXTURES else "images") in method.data:
+                section += self.results(name, dataset)
+        return [section]
+
+    def facts(self, method: Method) -> nodes.field_list:
+        listed = nodes.field_list(classes=["facts"])
+        for name, text in facts(method).items():
+            listed += nodes.field("", nodes.field_name("", name), nodes.field_body("", self.paragraph(text)))
+        return listed
+
+    def results(self, name: str, dataset: str) -> list[nodes.Node]:
+        folder = Path(self.env.srcdir) / "results"
+        self.env.note_reread()  # a record may have come or gone
+        found = measured(name, dataset, folder)
+        if not len(found):
+            asked = command(dataset, name, "literal", "cpu", range(10 if dataset in MIXTURES else 1))
+            return [self.paragraph(f"{dataset}: not run; `{asked}`")]
+        *heads, _ = found.columns
+        table = self.table(heads, found[heads].values.tolist(), ["measured"])
+        return [self.paragraph(dataset), table, self.block("\n".join(found["command"]), "bash")]
+
+
+class MethodList(Directive):
+    r"""All methods, with links to their sections."""
+
+    def run(self) -> list[nodes.Node]:
+        rows = []
+        for method in METHODS.values():
+            link = f"{{ref}}`{method.name} <method-{method.name}>`"
+            critic = equations(method.critic_equation) if method.critic else "–"
+            rows.append([link, method.summary, critic, equations(method.player_equation)])
+        return [self.table(["method", "in words", "critic", "players"], rows, ["methods"])]
+
+
+class Lines(Directive):
+    r"""Functions of the library as they are, but for the later paragraphs of their docstrings."""
+
+    required_arguments = 1
+    optional_arguments = 20
+
+    def run(self) -> list[nodes.Node]:
+        shown = []
+        for path in self.arguments:
+            module, *names = path.split(".")
+            found = import_module(f"svae_lib.{module}")
+            for name in names:
+                found = getattr(found, name)
+            shown.append(source(found))
+        return [self.block("\n\n\n".join(shown), "python")]
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_directive("method", MethodSection)
+    app.add_directive("methods", MethodList)
+    app.add_directive("lines", Lines)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
