@@ -1,7 +1,7 @@
 r"""The pages of methods: what the registry, the library's source and the run records say is printed from there.
 
-`{method} NAME` is the section of one method; what it holds is prose. `{methods}` lists all of them, `{lines} f g`
-shows functions of the library, given as module.name.
+`{method-section} NAME` is the section of one method; what it holds is prose. `{methods}` lists all methods,
+`{lines} f g` shows functions of the library, given as module.name.
 """
 
 import inspect
@@ -23,10 +23,13 @@ from svae_lib.mixtures import MIXTURES
 from svae_lib.verify import NUMBER
 
 DATASETS = ("ring8", "grid25", "mnist")  # for which every method has its cells
+ENCODERS = {
+    "gaussian": "Gaussian", "planar": "planar flow", "iaf": "inverse autoregressive flow",
+    "implicit": "draws without a density",
+}  # fmt: skip
 CRITICS = {"xz": "f(x, z)", "x": "f(x)", "xx": "f(x, x̂)", "energy": "f(x), the error of an autoencoder"}
 HALVES = "{eq}`grad-wake` and {eq}`grad-sleep`"
-FACTORIES = (gans.of_x, gans.of_features, gans.lowered)  # explained once, like S10
-SHARED = (*FACTORIES, lrt, objectives.critic_lrt)
+SHARED = (lrt, objectives.critic_lrt, gans.of_x, gans.of_features, gans.lowered)  # shown once, by `lines`
 SHOWN = ("methods", "gans", "objectives", "ipm")  # modules whose functions are shown when a method calls them
 
 
@@ -78,7 +81,7 @@ def code(method: Method) -> str:
     made = {name: function for name, function in made.items() if function is not None}
     heads = [f"{name} = {expression(f)}" for name, f in made.items() if made_of(f) or f is lrt]
     bodies = dict.fromkeys(f for top in made.values() for f in reached(top) if f not in SHARED)
-    return "\n\n\n".join(filter(None, ["\n".join(heads), *map(source, bodies)]))
+    return "\n\n".join(filter(None, ["\n".join(heads), *map(source, bodies)]))
 
 
 def values(named) -> str:
@@ -88,16 +91,15 @@ def values(named) -> str:
 def facts(method: Method) -> dict[str, str]:
     r"""What the registry says of a method, in MyST."""
     defaults = dict(method.defaults)
-    encoder = defaults.pop("encoder", "gaussian") if method.codes else "none"
-    decoder = defaults.pop("decoder", "gaussian")
-    said = {"gaussian": "Bernoulli pixels; on points a Gaussian", "point": "without noise"}.get(decoder, decoder)
+    encoder, decoder = (defaults.pop(player, "gaussian") for player in ("encoder", "decoder"))
+    drawn = {"gaussian": "Bernoulli pixels; on points a Gaussian", "point": "no noise"}
     critics = "; ".join(CRITICS[kind] for kind in method.critics) or "none"
     critics += f", {defaults['critic_outputs']} numbers each" if "critic_outputs" in defaults else ""
     found = {
         "critic maximises": equations(method.critic_equation) if method.critic else "–",
         "players maximise": equations(method.player_equation),
-        "encoder": encoder,
-        "decoder": said,
+        "encoder": ENCODERS.get(encoder, encoder) if method.codes else "none",
+        "decoder": drawn.get(decoder, decoder),
         "critics": critics,
         "defaults": values(defaults) + (f"; on points {values(method.on_points)}" if method.on_points else ""),
         "data": " and ".join(method.data) + ("" if method.separable else "; its seeds are run one by one"),
@@ -190,10 +192,10 @@ class MethodSection(Directive):
         found = measured(name, dataset, folder)
         if not len(found):
             asked = command(dataset, name, "literal", "cpu", range(10 if dataset in MIXTURES else 1))
-            return [self.paragraph(f"{dataset}: not run; `{asked}`")]
+            return [self.paragraph(f"**{dataset}**: not run; `{asked}`")]
         *heads, _ = found.columns
         table = self.table(heads, found[heads].values.tolist(), ["measured"])
-        return [self.paragraph(dataset), table, self.block("\n".join(found["command"]), "bash")]
+        return [self.paragraph(f"**{dataset}**"), table, self.block("\n".join(found["command"]), "text")]
 
 
 class MethodList(Directive):
@@ -222,11 +224,11 @@ class Lines(Directive):
             for name in names:
                 found = getattr(found, name)
             shown.append(source(found))
-        return [self.block("\n\n\n".join(shown), "python")]
+        return [self.block("\n\n".join(shown), "python")]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    app.add_directive("method", MethodSection)
+    app.add_directive("method-section", MethodSection)
     app.add_directive("methods", MethodList)
     app.add_directive("lines", Lines)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
