@@ -143,12 +143,14 @@ def test_every_label_is_in_one_place():
 def test_the_register_of_ambiguities_states_the_defaults_that_are_used():
     from svae_lib.experiment import SETTINGS, Experiment
 
-    literal, stabilised = (ROOT / "book" / "ambiguities.md").read_text().split("## Stabilised")
+    page = (ROOT / "book" / "ambiguities.md").read_text()
+    literal, stabilised, points = re.split(r"^## (?:Stabilised|Points)$", page.partition("## Evaluation")[0], flags=re.M)
     default = Experiment.make("mnist", "svae", "paper", "literal").flat()
-    for text, used in ((literal, default), (stabilised.partition("##")[0], SETTINGS["stabilised"])):
+    settings = SETTINGS["images"]["stabilised"], SETTINGS["points"]["stabilised"]
+    for text, used in zip((literal, stabilised, points), (default, *settings), strict=True):
         stated = {name: ast.literal_eval(value) for name, value in re.findall(r"`(\w+) = ([^`]+)`", text)}
         assert stated and stated == {name: used[name] for name in stated}
-    assert set(stated) == set(SETTINGS["stabilised"])
+        assert used is default or set(stated) == set(used)
 
 
 def test_the_page_of_proofs_shows_every_proof():
