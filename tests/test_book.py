@@ -12,7 +12,7 @@ from bs4 import BeautifulSoup
 
 HTML = Path(__file__).parent.parent / "_build" / "html"
 PAGES = [
-    path.relative_to(HTML).as_posix() for path in sorted([*HTML.glob("book/*.html"), *HTML.glob("notebooks/*.html")])
+    path.relative_to(HTML).as_posix() for path in sorted([*HTML.glob("book/**/*.html"), *HTML.glob("notebooks/*.html")])
 ]
 CRAWLED = [path for path in HTML.rglob("*.html") if "_static" not in path.parts]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

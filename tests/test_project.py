@@ -143,8 +143,8 @@ def test_every_label_is_in_one_place():
 def test_the_register_of_ambiguities_states_the_defaults_that_are_used():
     from svae_lib.experiment import SETTINGS, Experiment
 
-    page = (ROOT / "book" / "ambiguities.md").read_text()
-    literal, stabilised, points = re.split(r"^## (?:Stabilised|Points)$", page.partition("## Evaluation")[0], flags=re.M)
+    settings_of, *_ = (ROOT / "book" / "ambiguities.md").read_text().partition("## Evaluation")
+    literal, stabilised, points = re.split(r"^## (?:Stabilised|Points)$", settings_of, flags=re.M)
     default = Experiment.make("mnist", "svae", "paper", "literal").flat()
     settings = SETTINGS["images"]["stabilised"], SETTINGS["points"]["stabilised"]
     for text, used in zip((literal, stabilised, points), (default, *settings), strict=True):
