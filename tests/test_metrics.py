@@ -130,7 +130,8 @@ def test_stacked_digits_are_counted_by_their_triples():
 
 def test_a_score_stays_finite_where_probabilities_underflow():
     x = torch.zeros(20, 1)
-    log_p = torch.tensor([[0.0, -744.0, -2_000.0]]).expand(20, 3).double()  # e^{-744} is the smallest double
+    log_p = torch.tensor([[0.0, -2_000.0, -2_000.0]]).repeat(20, 1).double()
+    log_p[3, 1] = -744.0  # e^{-744} is the smallest double, and its share of a mean is zero
     assert metrics.classifier_score(lambda _: log_p[:20], x, splits=2)["value"] == pytest.approx(1.0)
     one_hot = torch.full((20, 2), -2_000.0).double()
     one_hot[:10, 0], one_hot[10:, 1] = 0.0, 0.0
