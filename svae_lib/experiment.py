@@ -31,7 +31,7 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "points": {
         "quick": {"updates": 400, "log_every": 100, "score_samples": 2_500},
-        "cpu": {"updates": 12_000, "log_every": 2_000, "score_samples": 2_500},
+        "cpu": {"updates": 8_000, "log_every": 2_000, "score_samples": 2_500},
         "paper": {"updates": 200_000, "log_every": 20_000, "score_samples": 2_500},
     },
 }
@@ -43,7 +43,7 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
 PLAIN_MLPS = {
     "z_dim": 2, "depth": 4, "hidden": 64, "critic_hidden": 64, "norm": "batch", "critic_norm": "none",
     "critic_dropout": 0.0, "batch": 128, "lr": 3e-3, "critic_lr": 1e-3, "beta1": 0.5, "decay": True, "ema": 0.999,
-    "weight": 0.01,
+    "weight": 0.1,
 }  # fmt: skip
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "images": {

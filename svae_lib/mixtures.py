@@ -1,6 +1,7 @@
 r"""Mixtures of equal round Gaussians in the plane: targets whose modes and density are known.
 
-`ring8` and `grid25` are those of VEEGAN and PacGAN, `alice5` that of ALICE.
+`ring8` and `grid25` are those of VEEGAN and PacGAN, `alice5` that of ALICE, all in units of their standard deviation,
+so that one setting can serve them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ class Mixture:
 
     centres: Tensor
     std: float
+
+    def standardised(self) -> Mixture:
+        r"""The same mixture in units of its own standard deviation, the root mean square of all coordinates."""
+        unit = (self.centres.square().mean() + self.std**2).sqrt().item()
+        return Mixture(self.centres / unit, self.std / unit)
 
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         r"""Points and the numbers of their components; (count, d), (count,)."""
@@ -46,8 +52,9 @@ def _grid(side: Tensor) -> Tensor:
 
 _ANGLES = torch.arange(8) * (2 * math.pi / 8)
 
-MIXTURES = {
+_PUBLISHED = {
     "ring8": Mixture(torch.stack([_ANGLES.cos(), _ANGLES.sin()], 1), 0.01),
     "grid25": Mixture(_grid(torch.arange(-4.0, 5.0, 2.0)), 0.05),
     "alice5": Mixture(torch.cat([torch.zeros(1, 2), _grid(torch.tensor([-2.0, 2.0]))]), 0.2),
 }
+MIXTURES = {name: mixture.standardised() for name, mixture in _PUBLISHED.items()}
