@@ -152,8 +152,7 @@ def alice_l1(d: Draws) -> Tensor:
 
 def alice_a_critics(d: Draws) -> Tensor:
     r"""S10, and a second critic that tells pairs (x, x) from pairs (x, x̂)."""
-    same = d.score(d.x, d.x, critic=1)
-    return lrt(d) + objectives.critic_lrt(same, d.score(d.x, d.x_q, critic=1))
+    return lrt(d) + objectives.critic_lrt(d.score(d.x, d.x, critic=1), d.score(d.x, d.x_q, critic=1))
 
 
 def alice_a(d: Draws) -> Tensor:

@@ -151,3 +151,16 @@ def test_a_method_is_added_in_one_place(registered, dataset, metric, tmp_path, m
     assert record["status"] == "done" and record["experiment"]["method"] == "toy"
     assert metric in record["metrics"] and "score" in record["metrics"]
     assert {"objective", "critic_loss", "accuracy"} <= set(record["history"][-1])
+
+
+def test_the_first_critic_is_the_one_that_is_logged():
+    """Scores of the second are shifted far away, and f, its spread and its sign do not notice."""
+    t = trainer(METHODS["alice-a"], updates=1)
+    before = t.diagnose()
+    with torch.no_grad():
+        t.critics[1].joint[-1].bias.add_(100.0)
+    after = t.diagnose()
+    assert after["critic_loss"] > before["critic_loss"] + 10
+    assert {k: v for k, v in after.items() if k.startswith(("f_", "acc"))} == {
+        k: v for k, v in before.items() if k.startswith(("f_", "acc"))
+    }
