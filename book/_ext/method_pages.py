@@ -133,7 +133,7 @@ def measured(method: str, dataset: str, folder: Path | None = None) -> pd.DataFr
     ]
     wanted = (records.MODE_COLUMNS if dataset in MIXTURES else records.COLUMNS).values()
     shown = [heading for heading, _ in wanted if any(rows[heading] != "–")]
-    return rows[["setting", "profile", "updates", "seeds", *shown, "minutes", "command"]]
+    return rows[["setting", "profile", "seeds", *shown, "minutes", "command"]]
 
 
 class Directive(SphinxDirective):
