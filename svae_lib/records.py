@@ -163,7 +163,9 @@ def columns(finished: list[dict[str, Any]]) -> dict[str, tuple[str, int]]:
 def our_rows(dataset: str, folder: Path | None = None) -> pd.DataFrame:
     r"""One row per (method, setting, profile, updates): every metric as mean ± sd over its seeds."""
     groups: dict[tuple, list[Record]] = {}
-    for record in read_all(dataset, folder):
+    found = read_all(dataset, folder)
+    shown = columns([record["metrics"] for record in found])
+    for record in found:
         e = record["experiment"]
         setting = " ".join([e["setting"], *(f"{key}={value}" for key, value in record["changes"].items())])
         groups.setdefault((e["method"], setting, e["profile"], e["updates"]), []).append(record)
@@ -171,7 +173,7 @@ def our_rows(dataset: str, folder: Path | None = None) -> pd.DataFrame:
     for (method, setting, profile, updates), runs in groups.items():
         row = {"method": method, "setting": setting, "profile": profile, "updates": updates, "seeds": len(runs)}
         finished = [run["metrics"] for run in runs if run["status"] == "done"]
-        for metric, (heading, decimals) in columns(finished).items():
+        for metric, (heading, decimals) in shown.items():
             values = [m[metric]["value"] for m in finished if metric in m and math.isfinite(m[metric]["value"])]
             row[heading] = spread(values, decimals) if values else "–" if finished else "diverged"
         row["minutes"] = round(statistics.mean(run["seconds"] for run in runs) / 60, 1)

@@ -104,6 +104,15 @@ def test_a_deleted_record_is_not_run(tmp_path):
     assert method_pages.measured("svae", "ring8", tmp_path).empty
 
 
+def test_a_diverged_run_is_said_to_be_one(tmp_path):
+    for method, outcome in (("svae", {"status": "diverged", "reason": "", "metrics": {}}), ("ali", {"status": "done"})):
+        e = Experiment.make("ring8", method)
+        shared = {"name": e.name, "seconds": 60.0, "changes": e.changes, "experiment": e.flat()}
+        records.write(tmp_path, shared | {"metrics": {"modes": {"value": 8.0, "se": 0.0, "n": 1}}} | outcome)
+    row = method_pages.measured("svae", "ring8", tmp_path).iloc[0]
+    assert row["modes"] == row["high quality"] == "diverged" and "score" not in row
+
+
 @pytest.mark.parametrize("name", ["svae", "as-vae", "gan", "vae", "avb"])
 def test_all_that_is_logged_is_explained(name):
     made = Experiment.make("ring8", name, hidden=8, critic_hidden=8, batch=8)

@@ -131,8 +131,8 @@ def measured(method: str, dataset: str, folder: Path | None = None) -> pd.DataFr
     rows["command"] = [
         command(dataset, method, row["setting"], row["profile"], seeds[tuple(row[key])]) for _, row in rows.iterrows()
     ]
-    wanted = (records.MODE_COLUMNS if dataset in MIXTURES else records.COLUMNS).values()
-    shown = [heading for heading, _ in wanted if any(rows[heading] != "–")]
+    wanted = (*records.COLUMNS.values(), *records.MODE_COLUMNS.values())
+    shown = [heading for heading, _ in wanted if heading in rows and any(rows[heading] != "–")]
     return rows[["setting", "profile", "seeds", *shown, "minutes", "command"]]
 
 
