@@ -3,10 +3,14 @@ r"""The command line `svae`."""
 from __future__ import annotations
 
 import argparse
+import math
+import signal
 import sys
 import textwrap
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from svae_lib import __version__
 from svae_lib.errors import UserError
@@ -84,6 +88,32 @@ def bounds_command(args: argparse.Namespace) -> None:
     record["environment"] = records.environment(describe(torch.device("cpu")))
     print_metrics(record)
     print(f"record: {records.write_report(args.results or records.results_folder(), record)}")
+
+
+def grid_command(args: argparse.Namespace) -> None:
+    from svae_lib import records, schedule
+
+    folder = (args.results or records.results_folder()).resolve()
+    chosen = schedule.runs(args.profile, args.only)
+    failed = {}
+    if not args.dry_run:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed grid takes its runs with it
+        failed = schedule.work(chosen, folder, args.budget_minutes, args.jobs, args.device)
+    print(schedule.table(chosen, folder))
+    if failed:
+        raise UserError(f"{len(failed)} failed: " + "; ".join(f"{run.name}: {why}" for run, why in failed.items()))
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    r"""A converter of arguments that must be above zero."""
+
+    def convert(text: str) -> Any:
+        if not (value := kind(text)) > 0:
+            raise argparse.ArgumentTypeError(f"'{text}' is not above zero")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
 
 
 def sweep_command(args: argparse.Namespace) -> None:
@@ -173,6 +203,26 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one hyperparameter")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     run.add_argument("--results", type=Path, help="folder for records (default: results/ of the clone)")
+
+    grid = command(
+        "grid", grid_command, "work through all runs of the tables, most valuable first, for a given time",
+        """\
+        examples:
+          svae grid --dry-run                           every run: state, minutes predicted, command
+          svae grid --budget-minutes 60                 whatever is expected to fit into an hour
+          svae grid --only ring8 --jobs 2               one dataset, two runs at a time
+
+        Finished runs are not repeated, interrupted ones are resumed, one that fails stops no other.
+        The same runs on a cluster: snakemake --profile workflow/profiles/slurm
+        """,
+    )  # fmt: skip
+    grid.add_argument("--budget-minutes", type=positive(float), default=math.inf, help="stop after so long")
+    grid.add_argument("--jobs", type=positive(int), default=1, help="runs at a time (default 1)")
+    grid.add_argument("--profile", default="cpu", help="quick, cpu (default) or paper")
+    grid.add_argument("--only", metavar="DATASET", help="the runs on one dataset")
+    grid.add_argument("--dry-run", action="store_true", help="only show the table")
+    grid.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    grid.add_argument("--results", type=Path, help="folder for records (default: results/ of the clone)")
 
     sweep = command("sweep", sweep_command, "one method under 256 hyperparameter settings; goes on where it stopped")
     sweep.add_argument("dataset", help="alice5, ring8 or grid25")

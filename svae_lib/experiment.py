@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -218,7 +219,7 @@ def run_together(
 ) -> list[records.Record]:
     r"""`run` for experiments that differ in seed and step sizes only, trained as one (`svae_lib.ensembles`)."""
     folder = records.results_folder() if folder is None else folder
-    found = {e.name: _finished(e, folder) for e in experiments}
+    found = {e.name: finished(e, folder) for e in experiments}
     missing = [e for e in experiments if found[e.name] is None]
     if missing:
         chosen = choose_device(device)
@@ -228,31 +229,42 @@ def run_together(
         shared["environment"] = records.environment(describe(chosen))
         reason = ""
         try:
-            trainer.fit(data.cache() / "runs" / f"{missing[0].name}-{len(missing)}.pt", on_log)
+            trainer.fit(checkpoint(missing), on_log)
         except Diverged as error:
             reason = str(error)
         shared |= {"history": trainer.history, "seconds": round(trainer.seconds / len(missing), 1)}
         shared |= {"together": len(missing)} if len(missing) > 1 else {}
         for number, e in enumerate(missing):
-            found[e.name] = _record(e, trainer, dataset, number, reason) | shared
-            records.write(folder, found[e.name])
-            if found[e.name]["status"] == "done":
+            start = time.perf_counter()
+            record = found[e.name] = _record(e, trainer, dataset, number, reason) | shared
+            record["evaluation_seconds"] = round(time.perf_counter() - start, 1)
+            if record["status"] == "done":
                 records.write_pictures(folder, e, evaluated(trainer, number), dataset.test.to(chosen).images)
+            records.write(folder, record)  # last, for whoever finds it takes the run for finished
     return list(found.values())
 
 
 def run_all(experiments: Sequence[Experiment], *options: Any) -> list[records.Record]:
     r"""The experiments of one method, together where that is possible, one by one where it is not."""
-    first = experiments[0]
-    norms = {first.nets.norm, first.nets.critic_norm}
-    plain = norms <= {"none", "batch"} and first.nets.encoder == "gaussian" and not first.nets.spectral
-    stackable = plain and methods.METHODS[first.method].separable
-    if first.dataset in MIXTURES and stackable:
+    if stackable(experiments[0]):
         return run_together(experiments, *options)
     return [run(experiment, *options) for experiment in experiments]
 
 
-def _finished(experiment: Experiment, folder: Path) -> records.Record | None:
+def stackable(experiment: Experiment) -> bool:
+    r"""Whether seeds of this experiment are trained as one: plain nets on points, and a separable objective."""
+    nets = experiment.nets
+    plain = {nets.norm, nets.critic_norm} <= {"none", "batch"} and nets.encoder == "gaussian" and not nets.spectral
+    return experiment.dataset in MIXTURES and plain and methods.METHODS[experiment.method].separable
+
+
+def checkpoint(experiments: Sequence[Experiment]) -> Path:
+    r"""Where experiments that are trained as one keep their state."""
+    return data.cache() / "runs" / f"{experiments[0].name}-{len(experiments)}.pt"
+
+
+def finished(experiment: Experiment, folder: Path) -> records.Record | None:
+    r"""The record of an experiment, if there is one. Raises UserError if it is damaged or of other defaults."""
     done = records.read(folder, experiment.dataset, experiment.name)
     flat = experiment.flat()  # a key that is newer than the record had its present default
     if done is not None and done["experiment"] != {key: flat.get(key) for key in done["experiment"]}:

@@ -66,9 +66,14 @@ def environment(device: str) -> dict[str, str]:
     }
 
 
+def path(folder: Path, dataset: str, name: str) -> Path:
+    r"""Where the record of a run is, or will be."""
+    return folder / dataset / f"{name}.json"
+
+
 def write(folder: Path, record: Record) -> Path:
     r"""Write the record of a run, whole or not at all; returns its path."""
-    return _write(folder / record["experiment"]["dataset"] / f"{record['name']}.json", record)
+    return _write(path(folder, record["experiment"]["dataset"], record["name"]), record)
 
 
 def _write(path: Path, record: Record) -> Path:
@@ -81,7 +86,7 @@ def _write(path: Path, record: Record) -> Path:
 
 def read(folder: Path, dataset: str, name: str) -> Record | None:
     r"""The record of that name, or None if there is none. Raises UserError if the file is damaged."""
-    return _read(folder / dataset / f"{name}.json")
+    return _read(path(folder, dataset, name))
 
 
 def _read(path: Path) -> Record | None:
