@@ -58,7 +58,7 @@ def train_classifier(dataset: data.Dataset, device: torch.device, seed: int = 0)
         for _ in tqdm(range(epochs), desc="classifier", disable=None):
             order = torch.randperm(len(train), generator=generator).to(device)
             for rows in order.split(batch)[: len(train) // batch]:
-                x = augment(data.grey(train.images[rows]), generator)
+                x = augment(data.grey(train.take(rows)), generator)
                 loss = F.nll_loss(net(x), train.labels[rows])
                 optimiser.zero_grad()
                 loss.backward()

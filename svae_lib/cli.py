@@ -16,7 +16,7 @@ from svae_lib import __version__
 from svae_lib.errors import UserError
 
 # Written out, for importing svae_lib.data costs seconds.
-DATASETS = "digits, patches32, patches64, mnist, cifar10, ring8, grid25 or alice5"
+DATASETS = "digits, patches32, patches64, mnist, cifar10, tiny_imagenet, imagenet64, ring8, grid25 or alice5"
 
 
 def methods_command(_: argparse.Namespace) -> None:
@@ -254,7 +254,7 @@ def parser() -> argparse.ArgumentParser:
     book = command("book", book_command, "execute the chapters that changed and build the HTML pages")
     book.add_argument("--store", action="store_true", help="also keep the fresh outputs in notebooks/")
 
-    dataset = command("data", data_command, "find or download a dataset, verify it, say where it is")
+    dataset = command("data", data_command, "find, download or convert a dataset, verify it, say where it is")
     dataset.add_argument("dataset", help=DATASETS)
     return top
 

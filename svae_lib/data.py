@@ -1,5 +1,7 @@
 r"""Datasets: one uint8 tensor per split. Embedded ones need no download; MNIST and CIFAR-10 come by torchvision.
 
+Sets too large for memory stay on disk (`svae_lib.arrays`).
+
 The root of the downloadable sets is decided here and nowhere else: `SVAE_DATA` if set, otherwise
 the user's cache. With `SVAE_DATA` set nothing is ever downloaded or written there.
 """
@@ -39,6 +41,7 @@ CIFAR10_MD5 = {  # as published
 }
 STACKED = {"stacked_digits": "digits", "stacked_mnist": "mnist"}  # after Srivastava et al. 2017
 DOWNLOADS = {"mnist": "MNIST", "cifar10": "CIFAR10"}  # our name -> torchvision's
+ON_DISK = ("tiny_imagenet", "imagenet64")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,10 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def take(self, rows: Tensor) -> Tensor:
+        r"""The images of these rows."""
+        return self.images[rows]
 
     def to(self, device: torch.device) -> Split:
         return Split(self.images.to(device), self.labels.to(device))
@@ -98,11 +105,16 @@ def load(name: str) -> Dataset:
 
 
 def fetch(name: str) -> str:
-    r"""Find, or download where that is allowed, and verify a dataset; says where it is and how big."""
-    if name in DOWNLOADS and not os.environ.get("SVAE_DATA"):
-        _download(name, root())
-    data = load(name)
-    where = root() if name in DOWNLOADS else "drawn" if name in MIXTURES else "inside scikit-learn (no download)"
+    r"""Find, or download where that is allowed, convert, and verify a dataset; says where it is and how big."""
+    if name in ON_DISK:
+        from svae_lib import imagenet
+
+        data, where = imagenet.fetch(name), imagenet.folder(name)
+    else:
+        if name in DOWNLOADS and not os.environ.get("SVAE_DATA"):
+            _download(name, root())
+        data = load(name)
+        where = root() if name in DOWNLOADS else "drawn" if name in MIXTURES else "inside scikit-learn (no download)"
     sizes = ", ".join(f"{len(getattr(data, s))} {s}" for s in ("train", "validation", "test"))
     return f"{name}: {sizes} samples of shape {data.shape}, verified, {where}"
 
@@ -202,13 +214,13 @@ def _read_batch(path: Path) -> Split:
         raise UserError(f"CIFAR-10 is not in {path.parent.parent}; run `svae data cifar10`, or set SVAE_DATA") from None
     if hashlib.md5(content).hexdigest() != CIFAR10_MD5[path.name]:
         raise UserError(f"{path} has the wrong checksum; delete it and run `svae data cifar10`")
-    batch = _Arrays(io.BytesIO(content), encoding="bytes").load()
+    batch = Arrays(io.BytesIO(content), encoding="bytes").load()
     images = torch.from_numpy(batch[b"data"].reshape(-1, 3, 32, 32).copy())
     return Split(images, torch.tensor(batch[b"labels"]))
 
 
-class _Arrays(pickle.Unpickler):
-    """Unpickles plain containers of numbers, text and NumPy arrays; no other class or function is ever called."""
+class Arrays(pickle.Unpickler):
+    r"""Unpickles plain containers of numbers, text and NumPy arrays; no other class or function is ever called."""
 
     allowed = {
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
@@ -220,6 +232,12 @@ class _Arrays(pickle.Unpickler):
         if (module, name) not in self.allowed:
             raise UserError(f"the data file asks to run {module}.{name}; it is not the published one, delete it")
         return self.allowed[module, name]
+
+
+def _on_disk(name: str) -> Dataset:
+    from svae_lib import imagenet
+
+    return imagenet.load(name)
 
 
 def _download(name: str, folder: Path) -> None:
@@ -238,6 +256,8 @@ DATASETS: dict[str, Callable[[], Dataset]] = {
     "patches64": lambda: _patches(64),
     "mnist": _mnist,
     "cifar10": _cifar10,
+    "tiny_imagenet": lambda: _on_disk("tiny_imagenet"),
+    "imagenet64": lambda: _on_disk("imagenet64"),
     "stacked_digits": lambda: _stacked("stacked_digits"),
     "stacked_mnist": lambda: _stacked("stacked_mnist"),
     "ring8": lambda: _points("ring8", 50_000),

@@ -126,7 +126,7 @@ class Trainer:
         size = self.runs * self.training.batch
         rows = torch.randint(len(split), (size,), device=self.device)
         z_p = torch.randn(size, self.model.z_dim, device=self.device)
-        return Draws(self.model, grey(split.images[rows]), z_p, self.training.weight, runs=self.runs)
+        return Draws(self.model, grey(split.take(rows)), z_p, self.training.weight, runs=self.runs)
 
     def critic_step(self, draws: Draws) -> None:
         r"""ψ climbs g(ψ) with (θ, φ) fixed: the gradient stops at the draws (S10)."""
