@@ -98,7 +98,7 @@ def grid_command(args: argparse.Namespace) -> None:
     failed = {}
     if not args.dry_run:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed grid takes its runs with it
-        failed = schedule.work(chosen, folder, args.budget_minutes, args.jobs, args.device)
+        failed = schedule.work(chosen, folder, args.budget_minutes, args.jobs, args.device, partial(print, flush=True))
     print(schedule.table(chosen, folder))
     if failed:
         raise UserError(f"{len(failed)} failed: " + "; ".join(f"{run.name}: {why}" for run, why in failed.items()))

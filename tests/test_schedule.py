@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -122,6 +123,33 @@ def test_what_still_runs_when_the_time_is_up_is_stopped(tmp_path, monkeypatch):
     start = time.monotonic()
     assert schedule.work([run], tmp_path, minutes=0.01, say=said.append) == {}
     assert time.monotonic() - start < 10 and said[-1] == f"stopped {run.name}, to be resumed"
+
+
+def test_a_killed_grid_takes_its_runs_with_it(tmp_path):
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    grid = f"""
+import sys
+from svae_lib import cli, schedule
+schedule.command = lambda *_: [sys.executable, "-S", "-c", {child!r}]
+sys.exit(cli.main(["grid", "--profile", "quick", "--results", {str(tmp_path)!r}]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", grid], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    log = schedule._log(schedule.runs("quick")[0])
+    while not (log.exists() and log.read_text().endswith("\n")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(10) == 130 and b"the same command resumes" in process.stderr.read()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
+
+
+def test_an_unreadable_checkpoint_stops_no_other_run(tmp_path):
+    (run,) = runs_of(("ring8", "vae"))
+    path = experiment.checkpoint(run.experiments)
+    path.parent.mkdir(parents=True)
+    path.write_text("not a checkpoint")
+    assert schedule.predicted(run, [record(run.experiments[0], 5.0)], tmp_path) == 5.0
 
 
 def test_a_killed_run_is_resumed(tmp_path, monkeypatch, capsys):
