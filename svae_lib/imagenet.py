@@ -163,6 +163,8 @@ def _download(root: Path) -> Path:
         return unfinished.rename(path)
     except (OSError, RuntimeError) as error:
         raise UserError(f"Tiny ImageNet could not be downloaded ({error}); put {TINY_URL} into {root}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _imagenet64(root: Path) -> Source:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from svae_lib import arrays, cli, data, experiment, imagenet
+from svae_lib import arrays, cli, data, evaluation, experiment, imagenet
 from svae_lib.errors import UserError
 
 SUBSETS = [*data.root().glob("tiny-imagenet-200"), *data.root().glob("tiny-imagenet-200*.zip")]
@@ -129,6 +129,27 @@ def test_a_missing_source_is_explained(root, name, capsys):
     assert str(root) in message and ("image-net.org" if name == "imagenet64" else "zip") in message
     with pytest.raises(UserError, match=f"run `svae data {name}`"):
         data.load(name)
+
+
+def test_tiny_imagenet_is_downloaded_whole_or_not_at_all(tiny, monkeypatch):
+    import svae_lib._torchvision  # noqa: F401, I001  (must come before torchvision)
+    from torchvision.datasets import utils
+
+    def download(url, root, name, md5):
+        Path(root).mkdir(parents=True, exist_ok=True)
+        Path(root, name).write_bytes(content[: None if online else 999])
+        if not online:
+            raise RuntimeError("the line is dead")
+
+    content, online = zipped(tiny).read_bytes(), False
+    monkeypatch.setattr(utils, "download_url", download)
+    monkeypatch.delenv("SVAE_DATA")
+    with pytest.raises(UserError, match="could not be downloaded .the line is dead.; put http"):
+        data.fetch("tiny_imagenet")
+    assert not [path for path in data.cache().rglob("*") if path.is_file()]
+    online = True
+    assert "18 train" in data.fetch("tiny_imagenet")
+    assert (data.root() / "tiny-imagenet-200.zip").read_bytes() == content
 
 
 TINY_FAULTS = {
@@ -270,7 +291,8 @@ def test_the_checksum_file_is_the_customary_one(archives):
     assert f"{digest}  test.npy" in (folder / "SHA256SUMS").read_text().splitlines()
 
 
-def test_training_from_disk_equals_training_from_memory(archives):
+def test_runs_from_disk_equal_runs_from_memory(archives, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_classifier", lambda *_: lambda x: x.flatten(1)[:, :10].log_softmax(1))
     data.fetch("imagenet64")
     mapped = data.load("imagenet64")
     splits = (mapped.train, mapped.validation, mapped.test)
@@ -278,12 +300,15 @@ def test_training_from_disk_equals_training_from_memory(archives):
     ends = []
     for dataset in (mapped, in_memory):
         changes = {"updates": 2, "batch": 4, "log_every": 2}
+        changes |= {"iw_samples": 2, "iw_images": 2, "score_samples": 20}
         chosen = experiment.Experiment.make("imagenet64", "vae", **changes)
         trainer = experiment.prepare(chosen, dataset, CPU)
         assert trainer.data.images.data_ptr() == dataset.train.images.data_ptr(), "the CPU copies nothing"
         trainer.fit()
-        ends.append(torch.cat([p.flatten() for p in trainer.model.players.parameters()]))
-    assert torch.equal(*ends)
+        weights = torch.cat([p.flatten() for p in trainer.model.players.parameters()])
+        ends.append((weights, experiment.evaluate(chosen, trainer, dataset)))
+    (mapped_weights, mapped_metrics), (weights, metrics) = ends
+    assert torch.equal(mapped_weights, weights) and mapped_metrics == metrics
 
 
 def test_another_device_gets_all_of_it_or_says_that_it_cannot(archives, monkeypatch):
