@@ -107,7 +107,7 @@ class _Files:
             raise UserError(f"{name} in {self.path} is missing or damaged; fetch or unpack it again") from None
 
     def image(self, name: str) -> np.ndarray:
-        """(3, 64, 64) uint8: grey images become RGB; another size is scaled, both sides alike or not, by box filter.
+        """(3, 64, 64) uint8: grey becomes RGB; another size or shape is scaled whole to the square, by a box filter.
 
         So were the official archives made (Chrabaszcz et al. 2017).
         """
@@ -133,7 +133,7 @@ class _Files:
 def _tiny_imagenet(root: Path) -> Source:
     """The folder tiny-imagenet-200, or its zip archive as it is, or a part of it: any tiny-imagenet-200*.zip."""
     found = [root / "tiny-imagenet-200"] if (root / "tiny-imagenet-200").is_dir() else []
-    found += sorted(root.glob("tiny-imagenet-200*.zip"))
+    found += sorted(root.glob("tiny-imagenet-200*.zip"), key=lambda path: len(path.name))  # the whole before a part
     if not found and not os.environ.get("SVAE_DATA"):
         found = [_download(root)]
     if not found:
