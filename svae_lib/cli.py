@@ -16,7 +16,8 @@ from svae_lib import __version__
 from svae_lib.errors import UserError
 
 # Written out, for importing svae_lib.data costs seconds.
-DATASETS = "digits, patches32, patches64, mnist, cifar10, tiny_imagenet, imagenet64, ring8, grid25 or alice5"
+DATASETS = """digits, patches32, patches64, mnist, cifar10, tiny_imagenet, imagenet64,
+    stacked_digits, stacked_mnist, ring8, grid25 or alice5"""
 
 
 def methods_command(_: argparse.Namespace) -> None:
@@ -230,7 +231,7 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--results", type=Path, help="folder for records (default: results/ of the clone)")
 
     table = command("table", table_command, "the papers' table beside our records of it")
-    table.add_argument("dataset", help="mnist")
+    table.add_argument("dataset", help="mnist, cifar10, ring8, grid25 or stacked_mnist")
     table.add_argument("--results", type=Path, help="folder of records (default: results/ of the clone)")
 
     bounds = command("bounds", bounds_command, "what the data alone says about likelihoods and errors; writes a record")

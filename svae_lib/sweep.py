@@ -82,12 +82,13 @@ def summary(record: records.Record) -> dict[str, float]:
     `failed` is the fraction of runs whose score is below 1.5, or not a number (which counts as a score of one).
     """
     scores = [row["score"] if row["score"] == row["score"] else 1.0 for row in record["rows"]]
-    errors = [row["mse"] for row in record["rows"] if row["mse"] == row["mse"]]
-    return {
+    errors = [row["mse"] for row in record["rows"] if "mse" in row and row["mse"] == row["mse"]]
+    shown = {
         "settings": len(scores),
         "score": statistics.mean(scores),
         "sd": statistics.stdev(scores),
         "failed": sum(score < FAILED for score in scores) / len(scores),
-        "mse": statistics.mean(errors),
-        "median mse": statistics.median(errors),
     }
+    if errors:  # without an encoder nothing is reconstructed
+        shown |= {"mse": statistics.mean(errors), "median mse": statistics.median(errors)}
+    return shown

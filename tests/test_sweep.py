@@ -45,6 +45,8 @@ def test_a_run_that_failed_counts_as_failed():
     assert shown["mse"] == pytest.approx(1.1) and shown["settings"] == 4
 
 
-def test_the_command_prints_the_summary(small, tmp_path, capsys):
-    assert cli.main(["sweep", "alice5", "vae", "--results", str(tmp_path)]) == 0
+@pytest.mark.parametrize("method", ["vae", "gan"])
+def test_the_command_prints_the_summary(small, tmp_path, capsys, method):
+    assert cli.main(["sweep", "alice5", method, "--results", str(tmp_path)]) == 0
     assert "32 of 32" in (shown := capsys.readouterr().out) and "failed" in shown
+    assert ("mse" in shown) == (method == "vae")  # a GAN reconstructs nothing
