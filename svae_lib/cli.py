@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import signal
 import sys
 import textwrap
@@ -29,7 +30,7 @@ def methods_command(_: argparse.Namespace) -> None:
 
 
 def run_command(args: argparse.Namespace) -> None:
-    from svae_lib import experiment, records
+    from svae_lib import distributed, experiment, records
 
     changes = dict(pair_of(text) for text in args.set)
     make = partial(experiment.Experiment.make, args.dataset, args.method, args.profile, args.setting, **changes)
@@ -39,6 +40,7 @@ def run_command(args: argparse.Namespace) -> None:
     for record in experiment.run_all(chosen, args.device, folder, print_row):
         print_record(record)
         print(f"record: {folder / args.dataset / record['name']}.json")
+    distributed.leave()
 
 
 def seeds(text: str) -> list[int]:
@@ -192,6 +194,7 @@ def parser() -> argparse.ArgumentParser:
           svae run mnist svae-exact --profile cpu --setting stabilised --seed 1
           svae run mnist svae-r --profile cpu --set weight=1.0 --set updates=20000
           svae run ring8 svae-exact --profile cpu --seed 0-9         ten seeds, trained as one
+          torchrun --nproc_per_node=4 -m svae_lib run mnist svae-r   one model on four graphics cards
 
         Interrupted? The same command goes on where it stopped. Finished? It prints the record.
         """,
@@ -263,6 +266,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     r"""Run one subcommand. A user's error is one sentence on stderr and exit code 2, never a traceback."""
     args = parser().parse_args(arguments)
+    if int(os.environ.get("RANK", 0)):  # of the processes of torchrun the first one speaks; errors all do
+        sys.stdout = open(os.devnull, "w")
     try:
         args.function(args)
     except UserError as error:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from svae_lib import data, evaluation, methods, metrics, records
+from svae_lib import data, distributed, evaluation, methods, metrics, records
 from svae_lib.device import choose_device, describe
+from svae_lib.distributed import SharedTrainer
 from svae_lib.draws import Method, Model
 from svae_lib.ensembles import alone, stack
 from svae_lib.errors import UserError
@@ -163,7 +164,8 @@ def prepare_together(experiments: Sequence[Experiment], dataset: data.Dataset, d
     for net in (model.players, *model.critics):
         net.to(device, memory_format=torch.channels_last)
     split, held_out = dataset.train.to(device), dataset.validation.to(device)
-    return Trainer(model, method, first.training, split, held_out, first.seed, identity, len(made))
+    make = SharedTrainer if distributed.count() > 1 else Trainer
+    return make(model, method, first.training, split, held_out, first.seed, identity, len(made))
 
 
 def _stacked(made: list[Model], experiments: Sequence[Experiment], method: Method) -> Model:
@@ -222,11 +224,12 @@ def run_together(
     found = {e.name: finished(e, folder) for e in experiments}
     missing = [e for e in experiments if found[e.name] is None]
     if missing:
-        chosen = choose_device(device)
+        chosen = distributed.join(choose_device(device))
         dataset = data.load(missing[0].dataset)
         trainer = prepare_together(missing, dataset, chosen)
-        shared = {"real_data": evaluation.real_data(dataset, chosen)}
-        shared["environment"] = records.environment(describe(chosen))
+        shared = {"environment": records.environment(describe(chosen))}
+        if trainer.writes:
+            shared["real_data"] = evaluation.real_data(dataset, chosen)
         reason = ""
         try:
             trainer.fit(checkpoint(missing), on_log)
@@ -234,19 +237,21 @@ def run_together(
             reason = str(error)
         shared |= {"history": trainer.history, "seconds": round(trainer.seconds / len(missing), 1)}
         shared |= {"together": len(missing)} if len(missing) > 1 else {}
-        for number, e in enumerate(missing):
+        shared |= {"processes": distributed.count()} if distributed.count() > 1 else {}
+        for number, e in enumerate(missing if trainer.writes else ()):
             start = time.perf_counter()
             record = found[e.name] = _record(e, trainer, dataset, number, reason) | shared
             record["evaluation_seconds"] = round(time.perf_counter() - start, 1)
             if record["status"] == "done":
                 records.write_pictures(folder, e, evaluated(trainer, number), dataset.test.to(chosen).images)
             records.write(folder, record)  # last, for whoever finds it takes the run for finished
+        found = distributed.from_first(found)
     return list(found.values())
 
 
 def run_all(experiments: Sequence[Experiment], *options: Any) -> list[records.Record]:
     r"""The experiments of one method, together where that is possible, one by one where it is not."""
-    if stackable(experiments[0]):
+    if stackable(experiments[0]) and distributed.count() == 1:
         return run_together(experiments, *options)
     return [run(experiment, *options) for experiment in experiments]
 

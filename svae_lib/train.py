@@ -82,6 +82,7 @@ class Trainer:
         self.data, self.held_out, self.seed, self.runs = data, held_out, seed, runs
         self.device = data.images.device
         self.identity, self.done, self.seconds = identity, 0, 0.0
+        self.writes = True  # checkpoints and progress; of several processes only the first does
         self.history: list[dict[str, float]] = []
         self.player_optimiser = self._adam(model.players, training.lr)
         self.critics = torch.nn.ModuleList(model.critics)
@@ -121,9 +122,9 @@ class Trainer:
             self.average.update_parameters(self.model.players)
         self.done += 1
 
-    def draw(self, split: Split) -> Draws:
-        r"""A batch of data and of prior codes; both joints follow from them when asked for."""
-        size = self.runs * self.training.batch
+    def draw(self, split: Split, parts: int = 1) -> Draws:
+        r"""A batch of data and of prior codes, or one of its `parts`; both joints follow when asked for."""
+        size = self.runs * self.training.batch // parts
         rows = torch.randint(len(split), (size,), device=self.device)
         z_p = torch.randn(size, self.model.z_dim, device=self.device)
         return Draws(self.model, grey(split.take(rows)), z_p, self.training.weight, runs=self.runs)
@@ -171,7 +172,8 @@ class Trainer:
             self.load_state(read_checkpoint(checkpoint))
         nets = (self.model.players, self.critics)
         start = saved = time.perf_counter()
-        with tqdm(total=self.training.updates, initial=self.done, disable=None, file=sys.stderr) as bar:
+        shown = {"disable": None if self.writes else True, "file": sys.stderr}
+        with tqdm(total=self.training.updates, initial=self.done, **shown) as bar:
             while self.done < self.training.updates:
                 for net in nets:
                     net.train()
@@ -183,10 +185,10 @@ class Trainer:
                     self.history.append(self.diagnose())
                     if on_log is not None:
                         on_log(self.history[-1])
-                if checkpoint is not None and now - saved > CHECKPOINT_SECONDS:
+                if checkpoint is not None and self.writes and now - saved > CHECKPOINT_SECONDS:
                     self.seconds, start, saved = self.seconds + now - start, now, now
                     write_checkpoint(self.state(), checkpoint)
-        if checkpoint is not None:
+        if checkpoint is not None and self.writes:
             write_checkpoint(self.state(), checkpoint)
 
     def evaluated_players(self) -> torch.nn.ModuleDict:
