@@ -204,6 +204,8 @@ def average(optimiser: torch.optim.Optimizer, *_: Any) -> None:
 class SharedTrainer(Trainer):
     r"""A trainer that is one of several. Raises UserError if the batch cannot be cut into equal parts."""
 
+    alone = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.writes = rank() == 0

@@ -1,7 +1,7 @@
 r"""What a method is made of: the nets, a batch of draws from both joints, and the method itself.
 
 The players are the decoder (θ) and the encoder (φ). Critic and player objectives are maximised in turn on the
-draws of one batch; `svae_lib.train.Trainer.update` is the loop, `svae_lib.methods` has the rows of the tables.
+draws of one batch; `svae_lib.train.Trainer.alternate` is the update, `svae_lib.methods` has the rows of the tables.
 """
 
 from __future__ import annotations

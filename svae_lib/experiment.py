@@ -111,8 +111,9 @@ class Experiment:
         raise UserError(f"unknown key '{key}'; choose one of: {', '.join(keys())}")
 
     def flat(self) -> dict[str, Any]:
-        r"""Every choice in one level, as records hold it."""
+        r"""Every choice in one level, as records hold it; the engine is none, for it decides no number."""
         nested = asdict(self)
+        nested["training"].pop("engine")
         parts = [nested.pop(part) for part in ("nets", "training", "evaluation")]
         return nested | {key: value for part in parts for key, value in part.items()}
 

@@ -8,17 +8,19 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from svae_lib import device as devices
+from svae_lib import memory
 from svae_lib.data import Split, grey
 from svae_lib.densities import Point
 from svae_lib.draws import Draws, Method, Model, mean_squared_slope
+from svae_lib.engine import Average, Graph
 from svae_lib.errors import UserError
 from svae_lib.ipm import clip_weights
 
@@ -41,15 +43,17 @@ class Training:
     decay: bool = False  # both step sizes fall linearly to zero
     clip: float = 0.0  # critic weights are kept in [−clip, clip]; 0: free
     ema: float = 0.0  # decay of the averaged players that are evaluated; 0: the last ones
-    precision: str = "fp32"  # or bf16: autocast in training, never in evaluation
+    precision: str = "fp32"  # or tf32, or bf16 by autocast; in training, never in evaluation
     log_every: int = 100
+    engine: str = "auto"  # or eager; no part of the experiment, for it changes nothing but rounding
 
     def __post_init__(self) -> None:
         for name in ("updates", "batch", "critic_steps", "log_every", "lr", "critic_lr"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, not {getattr(self, name)}")
-        if self.precision not in ("fp32", "bf16"):
-            raise UserError(f"precision must be fp32 or bf16, not '{self.precision}'")
+        for name, known in (("precision", devices.PRECISIONS), ("engine", devices.ENGINES)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, not '{getattr(self, name)}'")
         if not 0 <= self.ema < 1:
             raise UserError(f"ema must be at least 0 and below 1, not {self.ema}")
 
@@ -66,6 +70,8 @@ class Trainer:
     Everything lives on the device of `data`. `identity` names the experiment in its checkpoints. `runs` > 1 says
     that the nets are stacked (`svae_lib.ensembles`): the batch is for each of them, the diagnostics for all together.
     """
+
+    alone = True  # no other process takes part in an update
 
     def __init__(
         self,
@@ -84,34 +90,41 @@ class Trainer:
         self.identity, self.done, self.seconds = identity, 0, 0.0
         self.writes = True  # checkpoints and progress; of several processes only the first does
         self.history: list[dict[str, float]] = []
-        self.player_optimiser = self._adam(model.players, training.lr)
-        self.critics = torch.nn.ModuleList(model.critics)
+        self.replays = self.alone and devices.replays(training.engine, self.device)
+        self.players, self.critics = model.players, torch.nn.ModuleList(model.critics)
+        self.player_optimiser = self._adam(self.players, training.lr)
         self.critic_optimiser = self._adam(self.critics, training.critic_lr) if model.critics else None
-        self.average = None
-        if training.ema:
-            self.average = AveragedModel(model.players, multi_avg_fn=self._follow, use_buffers=True)
+        self.average = Average(self.players) if training.ema else None
+        self.share = self._number(1.0)  # of the new weights in the average
+        self._start_engine()
+
+    def _start_engine(self) -> None:
+        self.advance = Graph(self.alternate, self.device) if self.replays else self.alternate
+
+    def _number(self, value: float) -> float | Tensor:
+        r"""A number that changes from update to update; for a graph, in memory that it reads."""
+        return torch.tensor(value, device=self.device) if self.replays else value
 
     def _adam(self, net: torch.nn.Module, lr: float) -> torch.optim.Adam:
-        fused = self.device.type != "mps"
-        return torch.optim.Adam(net.parameters(), lr=lr, betas=(self.training.beta1, self.training.beta2), fused=fused)
+        betas, fused = (self.training.beta1, self.training.beta2), self.device.type != "mps"
+        return torch.optim.Adam(net.parameters(), self._number(lr), betas, fused=fused, capturable=self.replays)
 
-    def _follow(self, average: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        r"""EMA whose decay grows to `ema`, so that the initial weights are forgotten in short runs too."""
-        decay = min(self.training.ema, (1 + self.done) / (10 + self.done))
-        if average[0].is_floating_point():
-            torch._foreach_lerp_(average, current, 1 - decay)
-        else:  # the batch counters of BatchNorm
-            torch._foreach_copy_(average, current)
+    @property
+    def samples(self) -> int:
+        r"""In a batch, of all runs together."""
+        return self.runs * self.training.batch
 
     # One update ---------------------------------------------------------------------------
 
     def update(self) -> None:
-        r"""One alternating update: the critic climbs its objective, then the players climb theirs."""
-        if self.training.decay:
-            left = 1 - self.done / self.training.updates
-            self.player_optimiser.param_groups[0]["lr"] = left * self.training.lr
-            if self.critic_optimiser is not None:
-                self.critic_optimiser.param_groups[0]["lr"] = left * self.training.critic_lr
+        r"""One alternating update: `alternate`, as it stands or as a CUDA graph that repeats it (`svae_lib.engine`)."""
+        self._set_paces()
+        with devices.tf32(self.training.precision == "tf32" and self.device.type == "cuda"):
+            self.advance()
+        self.done += 1
+
+    def alternate(self) -> None:
+        r"""The critic climbs its objective, then the players climb theirs."""
         draws = self.draw(self.data)
         if self.method.critic is not None:
             for step in range(self.training.critic_steps):
@@ -119,12 +132,27 @@ class Trainer:
                 self.critic_step(draws)
         self.player_step(draws)
         if self.average is not None:
-            self.average.update_parameters(self.model.players)
-        self.done += 1
+            self.average.follow(self.share)
+
+    def _set_paces(self) -> None:
+        r"""The step sizes, and an EMA whose decay grows to `ema`, so that a short run forgets its first weights too."""
+        if self.training.decay:
+            left = 1 - self.done / self.training.updates
+            self._set_lr(self.player_optimiser, left * self.training.lr)
+            if self.critic_optimiser is not None:
+                self._set_lr(self.critic_optimiser, left * self.training.critic_lr)
+        if self.average is not None:
+            share = 1 - min(self.training.ema, (1 + self.done) / (10 + self.done))
+            self.share = _put(self.share, share if self.done else 1.0)
+
+    @staticmethod
+    def _set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
+        group = optimiser.param_groups[0]
+        group["lr"] = _put(group["lr"], lr)
 
     def draw(self, split: Split, parts: int = 1) -> Draws:
         r"""A batch of data and of prior codes, or one of its `parts`; both joints follow when asked for."""
-        size = self.runs * self.training.batch // parts
+        size = self.samples // parts
         rows = torch.randint(len(split), (size,), device=self.device)
         z_p = torch.randn(size, self.model.z_dim, device=self.device)
         return Draws(self.model, grey(split.take(rows)), z_p, self.training.weight, runs=self.runs)
@@ -156,44 +184,79 @@ class Trainer:
         optimiser.step()
 
     def _autocast(self):
-        if self.training.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        bf16 = self.training.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
 
     # The loop -----------------------------------------------------------------------------
 
     def fit(self, checkpoint: Path | None = None, on_log: Callable[[dict], None] | None = None) -> None:
         r"""Update until `training.updates` are done. `checkpoint` is resumed from, if it exists, and kept.
 
-        `on_log` receives the diagnostics every `log_every` updates. Raises Diverged when they are not finite.
+        `on_log` receives the diagnostics every `log_every` updates. Raises Diverged when they are not finite, and
+        UserError with a batch that would fit when memory runs out.
         """
         torch.manual_seed(self.seed)
         if checkpoint is not None and checkpoint.exists():
             self.load_state(read_checkpoint(checkpoint))
-        nets = (self.model.players, self.critics)
+        self._set_mode(True)
         start = saved = time.perf_counter()
-        shown = {"disable": None if self.writes else True, "file": sys.stderr}
-        with tqdm(total=self.training.updates, initial=self.done, **shown) as bar:
+        with self._progress() as bar:
             while self.done < self.training.updates:
-                for net in nets:
-                    net.train()
-                self.update()
-                bar.update()
-                now = time.perf_counter()
-                if self.done % self.training.log_every == 0 or self.done == self.training.updates:
+                self._update_or_say_what_fits()
+                bar.update(self.samples)
+                logs = self.done % self.training.log_every == 0 or self.done == self.training.updates
+                keeps = checkpoint is not None and self.writes and time.perf_counter() - saved > CHECKPOINT_SECONDS
+                if logs or keeps:
+                    devices.synchronise(self.device)
+                    now = time.perf_counter()
                     self.seconds, start = self.seconds + now - start, now
+                if logs:
                     self.history.append(self.diagnose())
                     if on_log is not None:
                         on_log(self.history[-1])
-                if checkpoint is not None and self.writes and now - saved > CHECKPOINT_SECONDS:
-                    self.seconds, start, saved = self.seconds + now - start, now, now
+                    self._set_mode(True)  # whoever reads the log may evaluate
+                if keeps:
+                    saved = now
                     write_checkpoint(self.state(), checkpoint)
         if checkpoint is not None and self.writes:
             write_checkpoint(self.state(), checkpoint)
 
+    def _progress(self) -> tqdm:
+        r"""A bar with samples per second and the time left, where there is a terminal."""
+        unit = " images" if self.data.images.dim() > 2 else " points"
+        total, done = self.training.updates * self.samples, self.done * self.samples
+        disable = None if self.writes else True
+        return tqdm(total=total, initial=done, unit=unit, unit_scale=True, disable=disable, file=sys.stderr)
+
+    def _set_mode(self, training: bool) -> None:
+        for net in (self.players, self.critics):
+            net.train(training)
+
+    def _update_or_say_what_fits(self) -> None:
+        try:
+            self.update()
+            return
+        except RuntimeError as error:
+            if not devices.ran_out_of_memory(error):
+                raise
+        # out here, where the failed update holds no memory any more
+        batch, where = self.training.batch, f"the memory of {self.device}"
+        fits = memory.largest_batch(self._try, batch, self.device)
+        if not fits:
+            raise UserError(f"not even a few samples fit into {where}; choose smaller nets")
+        raise UserError(f"a batch of {batch} does not fit into {where}; about {fits} would: set batch={fits}")
+
+    def _try(self, batch: int) -> None:
+        r"""An update with that batch; what becomes of the weights does not matter any more."""
+        whole, self.training = self.training, replace(self.training, batch=batch)
+        try:
+            self.alternate()
+        finally:
+            self.training = whole
+
     def evaluated_players(self) -> torch.nn.ModuleDict:
         r"""Encoder and decoder to evaluate, in eval mode: the averaged ones if there is an average."""
-        players = self.model.players if self.average is None else self.average.module
+        players = self.players if self.average is None else self.average.module
         return players.eval()
 
     def diagnose(self) -> dict[str, float]:
@@ -202,10 +265,8 @@ class Trainer:
 
         The random stream of training is left untouched, so logging more often changes nothing.
         """
-        for net in (self.model.players, self.critics):
-            net.eval()
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        self._set_mode(False)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.done)
             with torch.no_grad():
                 draws = self.draw(self.held_out)
@@ -241,7 +302,7 @@ class Trainer:
     # State --------------------------------------------------------------------------------
 
     def _parts(self) -> dict[str, object]:
-        parts = {"players": self.model.players, "player_optimiser": self.player_optimiser}
+        parts = {"players": self.players, "player_optimiser": self.player_optimiser}
         if self.method.critic is not None:
             parts |= {"critics": self.critics, "critic_optimiser": self.critic_optimiser}
         if self.average is not None:
@@ -263,13 +324,23 @@ class Trainer:
             raise UserError("the checkpoint belongs to another experiment; delete it to start afresh")
         try:
             for name, part in self._parts().items():
-                part.load_state_dict(state[name])
+                part.load_state_dict(self._with_own_choices(part, state[name]))
             self.done, self.seconds, self.history = state["done"], state["seconds"], state["history"]
             torch.set_rng_state(state["random"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_random"], self.device)
         except (KeyError, RuntimeError, ValueError):
             raise UserError("the checkpoint does not fit these nets; delete it to start afresh") from None
+        self._start_engine()  # a graph would go on with the optimisers' former tensors
+
+    @staticmethod
+    def _with_own_choices(part: object, state: dict) -> dict:
+        r"""Step sizes and the like are the experiment's, on its device, not the checkpoint's."""
+        return state | {"param_groups": part.state_dict()["param_groups"]} if "param_groups" in state else state
+
+
+def _put(old: float | Tensor, value: float) -> float | Tensor:
+    return old.fill_(value) if isinstance(old, Tensor) else value
 
 
 def write_checkpoint(state: dict, path: Path) -> None:

@@ -114,5 +114,5 @@ def test_a_foreign_or_damaged_checkpoint_is_refused(digits, tmp_path):
 
 
 def test_unknown_precision_is_refused(digits):
-    with pytest.raises(UserError, match="precision must be fp32 or bf16"):
+    with pytest.raises(UserError, match="precision must be one of fp32, tf32, bf16"):
         trainer(digits, precision="fp8")

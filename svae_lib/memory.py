@@ -1,0 +1,64 @@
+r"""How much memory an update needs, and which batch would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import torch
+
+USABLE = 0.9  # of all there is; the rest is lost between blocks
+
+
+def ran_out(error: RuntimeError) -> bool:
+    r"""Whether an exception says that memory ran out, a device's or the CPU's."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def largest_batch(attempt: Callable[[int], None], failed: int, device: torch.device) -> int:
+    r"""About the largest batch below `failed` that `attempt(batch)` has memory for; 0 if there is none.
+
+    Memory is a fixed part and a part for each sample. Both are measured with an eighth and a quarter of the batch
+    that failed, or with smaller ones if these fail too.
+    """
+    small = failed
+    while small := small // 8:
+        try:
+            less, more = (peak(partial(attempt, size), device) for size in (small, 2 * small))
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            continue
+        per_sample = max((more - less) / small, 1)
+        room = USABLE * available(device) - more
+        return min(2 * small + max(0, int(room / per_sample)), failed - 1)
+    return 0
+
+
+def peak(work: Callable[[], None], device: torch.device) -> int:
+    r"""The most bytes held at once while `work` runs, data and nets included; 0 where the system does not say."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):  # not Linux, or not permitted
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    work()
+    return _read("/proc/self/status", "VmHWM")
+
+
+def available(device: torch.device) -> int:
+    r"""Bytes that this process may hold: what it has and what is free; 0 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return _read("/proc/meminfo", "MemAvailable") + _read("/proc/self/status", "VmRSS")
+
+
+def _read(file: str, name: str) -> int:
+    """An entry of Linux's lists of kilobytes, in bytes."""
+    with suppress(OSError):
+        lines = (line.split() for line in Path(file).read_text().splitlines())
+        return next((1024 * int(line[1]) for line in lines if line[0] == f"{name}:"), 0)
+    return 0
