@@ -20,11 +20,11 @@ def ran_out(error: RuntimeError) -> bool:
 def largest_batch(attempt: Callable[[int], None], failed: int, device: torch.device) -> int:
     r"""About the largest batch below `failed` that `attempt(batch)` has memory for; 0 if there is none.
 
-    Memory is a fixed part and a part for each sample. Both are measured with an eighth and a quarter of the batch
-    that failed, or with smaller ones if these fail too.
+    Memory is a fixed part and a part for each sample. Both are measured with a 64th and a 32nd of the batch that
+    failed, or with smaller ones if these fail too.
     """
     small = failed
-    while small := small // 8:
+    while small := small // 64:
         try:
             less, more = (peak(partial(attempt, size), device) for size in (small, 2 * small))
         except RuntimeError as error:

@@ -237,7 +237,7 @@ class Trainer:
             self.update()
             return
         except RuntimeError as error:
-            if not devices.ran_out_of_memory(error):
+            if not memory.ran_out(error):
                 raise
         # out here, where the failed update holds no memory any more
         batch, where = self.training.batch, f"the memory of {self.device}"
