@@ -116,6 +116,11 @@ class DiscretisedGaussian(NamedTuple):
     log_var: Tensor
     open_edges: bool = False
 
+    @staticmethod
+    def on_levels(density: DiagonalGaussian, open_edges: bool = False) -> DiscretisedGaussian:
+        r"""The same for a Gaussian on [0, 1), where level i is the interval [i, i + 1)/256."""
+        return DiscretisedGaussian(256 * density.mean, density.log_var + 2 * math.log(256), open_edges)
+
     def log_prob(self, value: Tensor) -> Tensor:
         r"""Σ log p(i) in nats for levels `value` (B, ...), integers in any dtype; -> (B,)."""
         value = value.to(self.mean.dtype)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from svae_lib import objectives
+from svae_lib.data import Axis, Grey
 from svae_lib.densities import kl_to_prior
 
 
@@ -26,6 +27,7 @@ class Model:
     decoder: nn.Module
     critics: Sequence[Callable[..., Tensor]]
     z_dim: int
+    axis: Axis = Grey  # on which the nets see the grey levels of images
 
     @property
     def players(self) -> nn.ModuleDict:

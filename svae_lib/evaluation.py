@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from svae_lib import metrics
 from svae_lib.autoregressive import PixelModel
 from svae_lib.classifier import accuracy, load_classifier
-from svae_lib.data import STACKED, Dataset, load
+from svae_lib.data import STACKED, Axis, Cells, Dataset, Grey, load
 from svae_lib.mixtures import MIXTURES, Mixture
 
 Metrics = dict[str, metrics.Metric]
@@ -28,12 +28,12 @@ class Evaluation:
 
 
 def evaluate(
-    players: nn.ModuleDict, dataset: Dataset, device: torch.device, z_dim: int, how: Evaluation
+    players: nn.ModuleDict, dataset: Dataset, device: torch.device, z_dim: int, how: Evaluation, axis: Axis = Grey
 ) -> Metrics:
-    r"""Every number of a record, on the test split."""
+    r"""Every number of a record, on the test split; `axis` is what grey levels are to the nets."""
     if dataset.name in MIXTURES:
         return _points(players, dataset.test.to(device).images, MIXTURES[dataset.name], z_dim, how)
-    return _images(players, dataset, device, z_dim, how)
+    return _images(players, dataset, device, z_dim, how, axis)
 
 
 @torch.no_grad()
@@ -48,20 +48,28 @@ def _points(players: nn.ModuleDict, x: Tensor, target: Mixture, z_dim: int, how:
     return values
 
 
-def _images(players: nn.ModuleDict, dataset: Dataset, device: torch.device, z_dim: int, how: Evaluation) -> Metrics:
+def _images(
+    players: nn.ModuleDict, dataset: Dataset, device: torch.device, z_dim: int, how: Evaluation, axis: Axis
+) -> Metrics:
     decoder, images = players["decoder"], dataset.test.to(device).images
     values, count = {}, how.score_samples
     if isinstance(decoder, PixelModel):
         values, count = metrics.exact_nll(decoder, images), min(count, how.pixelwise_samples)
     if "encoder" in players:
-        encoder = players["encoder"]
-        distortion, rate = metrics.elbo_parts(encoder, decoder, images, dynamic=False)
-        values = {"elbo_grey": metrics.summary(distortion + rate)}
-        values |= {"distortion_grey": metrics.summary(distortion), "rate": metrics.summary(rate)}
-        values |= metrics.dynamic_nll(encoder, decoder, images, how.iw_samples, min(how.iw_images, len(images)))
-        values |= metrics.reconstruction_error(encoder, decoder, images)
-    samples = metrics.sample_images(decoder, z_dim, count, device)
+        values = _likelihood(players["encoder"], decoder, images, how, axis)
+        values |= metrics.reconstruction_error(players["encoder"], decoder, images, axis)
+    samples = metrics.sample_images(decoder, z_dim, count, device, axis)
     return values | _score(dataset, device, samples)
+
+
+def _likelihood(encoder: nn.Module, decoder: nn.Module, images: Tensor, how: Evaluation, axis: Axis) -> Metrics:
+    few = min(how.iw_images, len(images))
+    if axis is Cells:
+        return metrics.discrete_nll(encoder, decoder, images, how.iw_samples, few)
+    distortion, rate = metrics.elbo_parts(encoder, decoder, images)
+    values = {"elbo_grey": metrics.summary(distortion + rate)}
+    values |= {"distortion_grey": metrics.summary(distortion), "rate": metrics.summary(rate)}
+    return values | metrics.dynamic_nll(encoder, decoder, images, how.iw_samples, few)
 
 
 def _score(dataset: Dataset, device: torch.device, images: Tensor) -> Metrics:

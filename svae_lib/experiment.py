@@ -37,6 +37,16 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
         "paper": {"updates": 200_000, "log_every": 20_000, "score_samples": 2_500},
     },
 }
+PROFILES["natural"] = {
+    "quick": PROFILES["images"]["quick"] | {"updates": 100, "log_every": 10, "iw_samples": 50, "iw_images": 5},
+    "cpu": PROFILES["images"]["cpu"] | {"iw_samples": 1_000, "iw_images": 20},
+    "paper": PROFILES["images"]["paper"],
+}
+
+# The appendix that fits the size; the critic's MLPs are as wide as its last convolution.
+A2 = {"architecture": "a2", "z_dim": 100, "critic_hidden": 64}
+A3 = {"architecture": "a3", "z_dim": 2_048, "critic_hidden": 256}
+DATASETS = {"cifar10": A2, "patches32": A2, "tiny_imagenet": A3, "imagenet64": A3, "patches64": A3}  # others: A.1
 
 # "literal" is what the appendix prints. "stabilised" keeps nets of the same size and bounds the slope of the
 # critic, which then no longer reads the quantisation of x, and sees where in the image a stroke is.
@@ -60,6 +70,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "stabilised": PLAIN_MLPS | {"penalty": 0.001},
     },
 }  # fmt: skip
+SETTINGS["natural"] = SETTINGS["images"]
 
 
 @dataclass(frozen=True)
@@ -79,12 +90,14 @@ class Experiment:
     def make(
         dataset: str, method: str, profile: str = "quick", setting: str = "literal", seed: int = 0, **changes: Any
     ) -> Experiment:
-        r"""Profile, then setting, then the method's own, then `changes` (any field of Nets, Training, Evaluation).
+        r"""Profile, then the data set's nets, then setting, then the method's own, then `changes`.
 
+        `changes` are any fields of Nets, Training and Evaluation.
         Raises UserError for an unknown dataset, method, profile, setting or key, or a value of the wrong type.
         """
         kind_of_data = "points" if dataset in MIXTURES else "images"
-        profiles, settings = PROFILES[kind_of_data], SETTINGS[kind_of_data]
+        kind_of_nets = "natural" if dataset in data.NATURAL else kind_of_data
+        profiles, settings = PROFILES[kind_of_nets], SETTINGS[kind_of_nets]
         for kind, name, known in (
             ("dataset", dataset, data.DATASETS),
             ("method", method, methods.METHODS),
@@ -97,7 +110,7 @@ class Experiment:
         if kind_of_data not in row.data:
             raise UserError(f"{method} needs {' or '.join(row.data)}, and {dataset} holds {kind_of_data}")
         experiment = Experiment(dataset, method, profile, setting, seed)
-        named = profiles[profile] | settings[setting] | row.defaults
+        named = profiles[profile] | DATASETS.get(dataset, {}) | settings[setting] | row.defaults
         named |= row.on_points if kind_of_data == "points" else {}
         for key, value in (named | changes).items():
             experiment = experiment._with(key, value)
@@ -192,7 +205,8 @@ def evaluate(
     r"""Every number of a record, on the test split; `number` is that of the run among those trained together."""
     torch.manual_seed(experiment.seed)
     players = evaluated(trainer, number)
-    return evaluation.evaluate(players, dataset, trainer.device, experiment.nets.z_dim, experiment.evaluation)
+    nets = experiment.nets
+    return evaluation.evaluate(players, dataset, trainer.device, nets.z_dim, experiment.evaluation, nets.axis)
 
 
 def evaluated(trainer: Trainer, number: int) -> nn.ModuleDict:

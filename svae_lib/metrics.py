@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from svae_lib.data import binarise, grey
-from svae_lib.densities import Point, kl_to_prior, standard_normal_log_prob
+from svae_lib.data import Axis, Cells, Grey, binarise, grey
+from svae_lib.densities import DiscretisedGaussian, Point, kl_to_prior, standard_normal_log_prob
 from svae_lib.mixtures import Mixture
 
 Metric = dict[str, float]
@@ -52,17 +52,17 @@ def exact_nll(model: nn.Module, images: Tensor) -> dict[str, Metric]:
 
 
 @torch.no_grad()
-def elbo_parts(encoder: nn.Module, decoder: nn.Module, images: Tensor, dynamic: bool) -> tuple[Tensor, Tensor]:
+def elbo_parts(
+    encoder: nn.Module, decoder: Callable[[Tensor], Any], images: Tensor, see: Callable[[Tensor], Tensor] = grey
+) -> tuple[Tensor, Tensor]:
     r"""S1 per image, one draw of z each: (−log p_θ(x|z), KL(q_φ(z|x) ‖ p(z))) in nats, each (N,).
 
-    The KL is in closed form for a Gaussian, else the estimate by the same draw.
-
-    dynamic=False: x is the grey image, as input and as target (A §5.1). dynamic=True: x is a fresh
-    binarisation of it, as input and as target. uint8 (N, C, H, W) -> two (N,).
+    The KL is in closed form for a Gaussian, else the estimate by the same draw. `see` makes x, input and target, of
+    the levels: grey (A §5.1 on MNIST), or binary_draw for a fresh binarisation. uint8 (N, C, H, W) -> two (N,).
     """
     distortion, rate = [], []
-    for x in batches(images):
-        x = binarise(x) if dynamic else x
+    for levels in images.split(250):
+        x = see(levels)
         q = proposal(encoder(x))
         z, log_q = q.rsample_and_log_prob()
         distortion.append(-decoder(z).log_prob(x))
@@ -72,7 +72,7 @@ def elbo_parts(encoder: nn.Module, decoder: nn.Module, images: Tensor, dynamic: 
 
 @torch.no_grad()
 def importance_weighted_nll(
-    encoder: nn.Module, decoder: nn.Module, x: Tensor, samples: int, chunk: int = 500
+    encoder: nn.Module, decoder: Callable[[Tensor], Any], x: Tensor, samples: int, chunk: int = 500
 ) -> Tensor:
     r"""−log (1/K) Σ_k p_θ(x, z_k) / q_φ(z_k|x), z_k ~ q_φ(z|x): an upper bound on −log p_θ(x), tighter in K.
 
@@ -90,31 +90,84 @@ def importance_weighted_nll(
     return torch.stack(bounds)
 
 
+def binary_draw(images: Tensor) -> Tensor:
+    r"""A fresh binarisation of uint8 images."""
+    return binarise(grey(images))
+
+
 @torch.no_grad()
+def importance_weighted_by_difference(
+    encoder: nn.Module, decoder: Callable[[Tensor], Any], see: Callable[[Tensor], Tensor], images: Tensor,
+    elbo: Metric, samples: int, subset: int,
+) -> Metric:  # fmt: skip
+    r"""The importance-weighted bound on all images, from their ELBO and the gap between the two on a few.
+
+    The bound costs K decodings per image, so its *gap* to the ELBO is measured on the first `subset` images and
+    subtracted from the ELBO of all of them: the gap varies far less from image to image than the NLL does. Its
+    standard error adds both parts.
+    """
+    x = see(images[:subset])
+    one_draw = torch.stack([importance_weighted_nll(encoder, decoder, x, 1, 1) for _ in range(20)]).mean(0)
+    gap = summary(one_draw - importance_weighted_nll(encoder, decoder, x, samples))
+    se = math.hypot(elbo["se"], gap["se"])
+    return {"value": elbo["value"] - gap["value"], "se": se, "n": len(x), "k": samples}
+
+
 def dynamic_nll(
     encoder: nn.Module, decoder: nn.Module, images: Tensor, samples: int, subset: int
 ) -> dict[str, Metric]:
-    r"""The two bounds on dynamically binarised images: ELBO on all, importance-weighted on all by difference.
-
-    The importance-weighted bound costs K decodings per image, so its *gap* to the ELBO is measured on the
-    first `subset` images and subtracted from the ELBO of all of them: the gap varies far less from image
-    to image than the NLL does. Its standard error adds both parts.
-    """
-    distortion, rate = elbo_parts(encoder, decoder, images, dynamic=True)
+    r"""The two bounds on dynamically binarised images: ELBO on all, importance-weighted on all by difference."""
+    distortion, rate = elbo_parts(encoder, decoder, images, binary_draw)
     elbo = summary(distortion + rate)
-    x = binarise(grey(images[:subset]))
-    one_draw = torch.stack([importance_weighted_nll(encoder, decoder, x, 1, 1) for _ in range(20)]).mean(0)
-    gap = summary(one_draw - importance_weighted_nll(encoder, decoder, x, samples))
-    bound = {"value": elbo["value"] - gap["value"], "se": math.hypot(elbo["se"], gap["se"]), "n": subset, "k": samples}
+    bound = importance_weighted_by_difference(encoder, decoder, binary_draw, images, elbo, samples, subset)
     return {"elbo_dynamic": elbo, "iw_dynamic": bound}
 
 
+class OnLevels(NamedTuple):
+    r"""p(x = i|z) of the 256 levels, from a Gaussian p_θ(x|z) on [0, 1); a level is given by its middle (A §5.1)."""
+
+    density: DiscretisedGaussian
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        r"""Σ log p(i) in nats; `value` (B, ...) on the axis of `data.Cells` -> (B,)."""
+        return self.density.log_prob((256 * value).floor())
+
+
+def discrete_nll(
+    encoder: nn.Module, decoder: nn.Module, images: Tensor, samples: int, subset: int
+) -> dict[str, Metric]:
+    r"""Bits for each of the D numbers of an image: (KL − E_q Σ log p(i|z))/(D ln 2), as A §5.1 evaluates a Gaussian.
+
+    bits_closed: the text's formula, in which the levels 0 and 255 have only their own cell; bits_open: they also have
+    the tails beyond, so that the probabilities sum to one. iw_bits_...: the importance-weighted bound of the same.
+    rate: the KL, in nats an image. uint8 (N, C, H, W); the encoder sees the middle of each level's cell.
+    """
+    values, unit = {}, images[0].numel() * math.log(2)
+    for edges in ("closed", "open"):
+
+        def on_levels(z: Tensor, edges: str = edges) -> OnLevels:
+            return OnLevels(DiscretisedGaussian.on_levels(decoder(z), edges == "open"))
+
+        distortion, rate = elbo_parts(encoder, on_levels, images, Cells.see)
+        elbo = summary(distortion + rate)
+        bound = importance_weighted_by_difference(encoder, on_levels, Cells.see, images, elbo, samples, subset)
+        values |= {f"bits_{edges}": _scaled(elbo, unit), f"iw_bits_{edges}": _scaled(bound, unit)}
+    return values | {"rate": summary(rate)}
+
+
+def _scaled(nats: Metric, unit: float) -> Metric:
+    return nats | {"value": nats["value"] / unit, "se": nats["se"] / unit}
+
+
 @torch.no_grad()
-def reconstruction_error(encoder: nn.Module, decoder: nn.Module, images: Tensor) -> dict[str, Metric]:
+def reconstruction_error(
+    encoder: nn.Module, decoder: nn.Module, images: Tensor, axis: Axis = Grey
+) -> dict[str, Metric]:
     r"""Error of x̂, the decoder mean at the encoder mean, in both units that "RMSE" may have."""
     square = []
-    for x in batches(images):
-        square.append((decoder(proposal(encoder(x)).mean).mean - x).square().flatten(1))
+    for levels in images.split(250):
+        x_hat = axis.back(decoder(proposal(encoder(axis.see(levels))).mean).mean)
+        square.append((x_hat - grey(levels)).square().flatten(1))
     return error_units(torch.cat([s.sum(1) for s in square]), square[0].shape[1])
 
 
@@ -133,12 +186,14 @@ def error_units(per_image: Tensor, pixels: int) -> dict[str, Metric]:
 
 
 @torch.no_grad()
-def sample_images(decoder: nn.Module, z_dim: int, count: int, device: torch.device) -> Tensor:
+def sample_images(
+    decoder: nn.Module, z_dim: int, count: int, device: torch.device, axis: Axis = Grey
+) -> Tensor:
     r"""`count` decoder means at z ~ N(0, I), rounded to uint8 as stored images are; (count, C, H, W)."""
     images = []
     for size in [250] * (count // 250) + [count % 250] * (count % 250 > 0):
         mean = decoder(torch.randn(size, z_dim, device=device)).mean
-        images.append((mean * 255).round().to(torch.uint8))
+        images.append((axis.back(mean) * 255).round().clamp(0, 255).to(torch.uint8))
     return torch.cat(images)
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from svae_lib import flows, nets
+from svae_lib import flows, natural, nets
 from svae_lib.augment import Augmented
 from svae_lib.autoregressive import PixelCNN, PixelRNN
+from svae_lib.data import Axis, Cells, Grey
 from svae_lib.draws import Method, Model
 from svae_lib.errors import UserError
 
 ENCODERS = ("gaussian", "planar", "iaf", "spline", "implicit")
+ARCHITECTURES = (*nets.ARCHITECTURES, *natural.ARCHITECTURES)
 PIXEL_BY_PIXEL = ("pixelcnn", "pixelrnn")
 DECODERS = ("gaussian", "point", *PIXEL_BY_PIXEL)
 
@@ -24,14 +27,14 @@ DECODERS = ("gaussian", "point", *PIXEL_BY_PIXEL)
 class Nets:
     r"""Sizes and switches of the nets; the defaults are the literal reading of A.1."""
 
-    architecture: str = "a1"  # of images: a1, or dcgan with `channels`
+    architecture: str = "a1"  # of images: the appendix's a1, a2 or a3, or dcgan with `channels`
     channels: int = 64  # of the largest feature maps of dcgan; they double when the sides halve
     z_dim: int = 64
     hidden: int = 128  # width of every "MLP": unstated
     depth: int = 2  # hidden layers of the nets of points, and of the pixel models
     encoder: str = "gaussian"
     flow_length: int = 80  # layers of a flow encoder (A §5.2)
-    decoder: str = "gaussian"  # of points; "point" adds no noise. Images: Bernoulli pixels, or a pixel model
+    decoder: str = "gaussian"  # "point" adds no noise. Of images a1 and dcgan say Bernoulli pixels; or a pixel model
     components: int = 1  # decoders that are mixed with learned weights (`nets.MixtureGenerator`)
     norm: str = "batch"
     dropout: float = 0.0  # in encoder and decoder
@@ -46,7 +49,7 @@ class Nets:
 
     def __post_init__(self) -> None:
         for name, known in (
-            ("architecture", nets.ARCHITECTURES),
+            ("architecture", ARCHITECTURES),
             ("norm", nets.NORMS),
             ("critic_norm", nets.NORMS),
             ("critic_pool", nets.POOLS),
@@ -62,6 +65,11 @@ class Nets:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be positive, not {getattr(self, name)}")
+
+    @property
+    def axis(self) -> Axis:
+        r"""What grey levels are to these nets: probabilities, or intervals where x has a density."""
+        return Cells if self.architecture in natural.ARCHITECTURES and self.decoder not in PIXEL_BY_PIXEL else Grey
 
 
 def build_model(sizes: Nets, method: Method, shape: tuple[int, ...], seed: int) -> Model:
@@ -79,9 +87,9 @@ def build_model(sizes: Nets, method: Method, shape: tuple[int, ...], seed: int) 
     decoder = nets.MixtureGenerator([make_decoder() for _ in range(sizes.components)]) if several else make_decoder()
     critics = [make_critic(kind) for kind in method.critics]
     for net in [*filter(None, (encoder, decoder)), *critics]:
-        nets.init_xavier(net) if sizes.architecture == "a1" else nets.init_dcgan(net)
+        nets.init_dcgan(net) if sizes.architecture == "dcgan" else nets.init_xavier(net)
     critics = [_constrained(critic, sizes) for critic in critics]
-    return Model(encoder, decoder, critics, sizes.z_dim)
+    return Model(encoder, decoder, critics, sizes.z_dim, sizes.axis)
 
 
 def _constrained(critic: nn.Module, sizes: Nets) -> nn.Module:
@@ -94,8 +102,8 @@ def _constrained(critic: nn.Module, sizes: Nets) -> nn.Module:
     return critic
 
 
-def _encoder(body: nn.Module, sizes: Nets) -> nn.Module:
-    width, z_dim = sizes.hidden, sizes.z_dim
+def _encoder(body: nn.Module, width: int, sizes: Nets) -> nn.Module:
+    z_dim = sizes.z_dim
     if sizes.encoder == "implicit":
         return nets.ImplicitEncoder(body, width, z_dim)
     layers = {
@@ -107,43 +115,77 @@ def _encoder(body: nn.Module, sizes: Nets) -> nn.Module:
     return flows.FlowEncoder(body, width, z_dim, layers)
 
 
-def _image_nets(sizes: Nets, shape: tuple[int, ...]) -> tuple[Callable[..., nn.Module], ...]:
-    a1 = sizes.architecture == "a1"
+class _Family(NamedTuple):
+    """What an architecture says of images; `features` and `critic_features` come with their number."""
 
-    def body(hidden: int, norm: str, dropout: float) -> nn.Module:
-        if a1:
-            return nets.a1_features(shape, hidden, norm, dropout)
+    features: Callable[[int, str, float], tuple[nn.Module, int]]  # hidden, norm, dropout
+    decoder: Callable[[int], nn.Module]  # numbers in the code
+    critic_features: Callable[[str, float], tuple[nn.Module, int]]  # norm, dropout
+
+
+def _a1(sizes: Nets, shape: tuple[int, int, int]) -> _Family:
+    return _Family(
+        lambda hidden, norm, dropout: (nets.a1_features(shape, hidden, norm, dropout), hidden),
+        lambda z_dim: nets.A1Decoder(shape, z_dim, sizes.hidden, sizes.norm, sizes.dropout),
+        lambda norm, dropout: nets.a1_critic_features(shape, norm, dropout, sizes.critic_pool),
+    )
+
+
+def _dcgan(sizes: Nets, shape: tuple[int, int, int]) -> _Family:
+    def features(hidden: int, norm: str, dropout: float) -> tuple[nn.Module, int]:
         of_x, width = nets.dcgan_features(shape, sizes.channels, norm, dropout)
-        return nn.Sequential(of_x, nn.Linear(width, hidden), nn.LeakyReLU(0.2))
+        return nn.Sequential(of_x, nn.Linear(width, hidden), nn.LeakyReLU(0.2)), hidden
+
+    return _Family(
+        features,
+        lambda z_dim: nets.DCGANDecoder(shape, z_dim, sizes.channels, sizes.norm),
+        lambda norm, dropout: nets.dcgan_features(shape, sizes.channels, norm, dropout),
+    )
+
+
+def _appendix(sizes: Nets, shape: tuple[int, int, int]) -> _Family:
+    plan, noise = natural.APPENDICES[sizes.architecture], sizes.decoder != "point"
+
+    def features(hidden: int, norm: str, dropout: float) -> tuple[nn.Module, int]:
+        of_x, width = natural.encoder_features(plan, shape, norm, dropout)
+        if sizes.encoder == "gaussian":  # two heads on the features, as printed
+            return of_x, width
+        return nn.Sequential(of_x, *nets.mlp(width, hidden, 1, dropout=dropout)), hidden
+
+    return _Family(
+        features,
+        lambda z_dim: natural.Decoder(plan, shape, z_dim, sizes.norm, sizes.dropout, noise),
+        lambda norm, dropout: natural.critic_features(plan, shape, norm, dropout, sizes.critic_pool),
+    )
+
+
+def _image_nets(sizes: Nets, shape: tuple[int, ...]) -> tuple[Callable[..., nn.Module], ...]:
+    family = {"a1": _a1, "dcgan": _dcgan, "a2": _appendix, "a3": _appendix}[sizes.architecture](sizes, shape)
 
     def encoder() -> nn.Module:
-        return _encoder(body(sizes.hidden, sizes.norm, sizes.dropout), sizes)
+        return _encoder(*family.features(sizes.hidden, sizes.norm, sizes.dropout), sizes)
 
-    def decoder(z_dim: int = sizes.z_dim) -> nn.Module:
+    def decoder() -> nn.Module:
         if sizes.decoder == "pixelcnn":
             return PixelCNN(shape, sizes.hidden, sizes.depth, sizes.dropout)
         if sizes.decoder == "pixelrnn":
             return PixelRNN(shape, sizes.hidden, sizes.depth)
-        if a1:
-            return nets.A1Decoder(shape, z_dim, sizes.hidden, sizes.norm, sizes.dropout)
-        return nets.DCGANDecoder(shape, z_dim, sizes.channels, sizes.norm)
+        return family.decoder(sizes.z_dim)
 
     def critic(kind: str) -> nn.Module:
         hidden, norm, dropout = sizes.critic_hidden, sizes.critic_norm, sizes.critic_dropout
         if kind == "energy":
-            return nets.Energy(nn.Sequential(body(hidden, norm, dropout), decoder(hidden)))
+            of_x, width = family.features(hidden, norm, dropout)
+            return nets.Energy(nn.Sequential(of_x, family.decoder(width)))
         parts, width = [], 0
         for letter in kind:
             if letter == "x":
-                if a1:
-                    of_x, features = nets.a1_critic_features(shape, norm, dropout, sizes.critic_pool)
-                else:
-                    of_x, features = nets.dcgan_features(shape, sizes.channels, norm, dropout)
+                of_x, features = family.critic_features(norm, dropout)
                 parts.append(nn.Sequential(nets.Noise(sizes.instance_noise), of_x))
             else:
                 parts.append(nets.mlp(sizes.z_dim, features := hidden, 1, dropout=dropout))
             width += features
-        if kind == "x" and not a1:  # as published: one linear layer on the features
+        if kind == "x" and sizes.architecture == "dcgan":  # as published: one linear layer on the features
             return nets.Critic(parts, nn.Linear(width, sizes.critic_outputs))
         return nets.Critic(parts, _scores(nets.mlp(width, hidden, 1, dropout=dropout), sizes))
 
@@ -153,13 +195,14 @@ def _image_nets(sizes: Nets, shape: tuple[int, ...]) -> tuple[Callable[..., nn.M
 def _point_nets(sizes: Nets, shape: tuple[int, ...]) -> tuple[Callable[..., nn.Module], ...]:
     (dim,) = shape
     if sizes.augment or sizes.architecture != "a1":
-        raise UserError("augment and architecture=dcgan need images, and these data are points")
+        what = "augment" if sizes.augment else f"architecture={sizes.architecture}"
+        raise UserError(f"{what} needs images, and these data are points")
 
     def body(inputs: int) -> nn.Module:
         return nets.mlp(inputs, sizes.hidden, sizes.depth, sizes.norm, sizes.dropout)
 
     def encoder() -> nn.Module:
-        return _encoder(body(dim), sizes)
+        return _encoder(body(dim), sizes.hidden, sizes)
 
     def decoder() -> nn.Module:
         head = nets.GaussianHead if sizes.decoder == "gaussian" else nets.PointHead

@@ -54,16 +54,19 @@ def init_dcgan(net: nn.Module) -> nn.Module:
     return net
 
 
-def down(inputs: int, outputs: int, norm: str, dropout: float) -> nn.Sequential:
-    r"""One "3×3 conv, stride 2, BN, ReLU" of the appendix, then dropout: (H, W) -> (H/2, W/2)."""
-    conv = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
-    return nn.Sequential(conv, NORMS[norm](outputs), nn.ReLU(), nn.Dropout(dropout))
+def conv(inputs: int, outputs: int, norm: str, dropout: float, size: int = 3, stride: int = 1) -> nn.Sequential:
+    r"""One "conv, BN, ReLU" of the appendix, then dropout: (H, W) -> (H/stride, W/stride)."""
+    layer = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2)
+    return nn.Sequential(layer, NORMS[norm](outputs), nn.ReLU(), nn.Dropout(dropout))
 
 
-def up(inputs: int, outputs: int, norm: str, dropout: float) -> nn.Sequential:
-    r"""One "3×3 deconv, stride 2, BN, ReLU", then dropout: (H, W) -> (2H, 2W)."""
-    deconv = nn.ConvTranspose2d(inputs, outputs, 3, stride=2, padding=1, output_padding=1)
-    return nn.Sequential(deconv, NORMS[norm](outputs), nn.ReLU(), nn.Dropout(dropout))
+def deconv(inputs: int, outputs: int, norm: str, dropout: float, stride: int = 1) -> nn.Sequential:
+    r"""One "3×3 deconv, BN, ReLU", then dropout: (H, W) -> (stride·H, stride·W)."""
+    layer = nn.ConvTranspose2d(inputs, outputs, 3, stride, padding=1, output_padding=stride - 1)
+    return nn.Sequential(layer, NORMS[norm](outputs), nn.ReLU(), nn.Dropout(dropout))
+
+
+down, up = partial(conv, stride=2), partial(deconv, stride=2)
 
 
 def quarter(shape: tuple[int, int, int]) -> tuple[int, int]:

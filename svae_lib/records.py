@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from svae_lib import __version__
-from svae_lib.data import grey
+from svae_lib.data import NATURAL, STACKED, grey
 from svae_lib.errors import UserError
 from svae_lib.metrics import proposal
+from svae_lib.mixtures import MIXTURES
 
 if TYPE_CHECKING:
     from svae_lib.experiment import Experiment
@@ -37,6 +38,15 @@ COLUMNS = {  # metric in a record -> heading, decimals
     "l2": ("RMSE, L2", 2),
     "score": ("score", 2),
 }
+COLOUR_COLUMNS = {
+    "bits_closed": ("bits/dim, closed", 2),
+    "bits_open": ("bits/dim, open", 2),
+    "iw_bits_open": ("IW bits/dim, open", 2),
+    "bits_per_dim": ("bits/dim, exact", 2),
+    "rmse_grey": ("RMSE, levels", 1),
+    "l2": ("RMSE, L2", 2),
+    "score": ("score", 2),
+}  # of natural images
 MODE_COLUMNS = {
     "modes": ("modes", 1),
     "high_quality": ("high quality", 3),
@@ -138,11 +148,11 @@ def write_pictures(folder: Path, experiment: Experiment, players: nn.ModuleDict,
         draws = players["decoder"](torch.randn(500, experiment.nets.z_dim, device=test.device)).rsample()
         return np.save(f"{stem}.draws.npy", draws.cpu().numpy())
     z = torch.randn(64, experiment.nets.z_dim, device=test.device)
-    x = grey(test[:10])
-    save_image(players["decoder"](z).mean, f"{stem}.samples.png", nrow=8, padding=1)
+    axis = experiment.nets.axis
+    save_image(axis.back(players["decoder"](z).mean), f"{stem}.samples.png", nrow=8, padding=1)
     if "encoder" in players:
-        x_hat = players["decoder"](proposal(players["encoder"](x)).mean).mean
-        save_image(torch.cat([x, x_hat]), f"{stem}.reconstructions.png", nrow=10, padding=1)
+        x_hat = players["decoder"](proposal(players["encoder"](axis.see(test[:10]))).mean).mean
+        save_image(torch.cat([grey(test[:10]), axis.back(x_hat)]), f"{stem}.reconstructions.png", nrow=10, padding=1)
 
 
 def papers(dataset: str, folder: Path | None = None) -> list[dict[str, Any]]:
@@ -160,17 +170,17 @@ def spread(values: list[float], decimals: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
 
 
-def columns(finished: list[dict[str, Any]]) -> dict[str, tuple[str, int]]:
-    r"""The columns that metrics like these fill."""
-    return MODE_COLUMNS if any("modes" in metrics for metrics in finished) else COLUMNS
+def columns(dataset: str) -> dict[str, tuple[str, int]]:
+    r"""What is measured on a dataset: metric -> heading, decimals."""
+    if dataset in NATURAL:
+        return COLOUR_COLUMNS
+    return MODE_COLUMNS if dataset in (*MIXTURES, *STACKED) else COLUMNS
 
 
 def our_rows(dataset: str, folder: Path | None = None) -> pd.DataFrame:
     r"""One row per (method, setting, profile, updates): every metric as mean ± sd over its seeds."""
     groups: dict[tuple, list[Record]] = {}
-    found = read_all(dataset, folder)
-    shown = columns([record["metrics"] for record in found])
-    for record in found:
+    for record in read_all(dataset, folder):
         e = record["experiment"]
         setting = " ".join([e["setting"], *(f"{key}={value}" for key, value in record["changes"].items())])
         groups.setdefault((e["method"], setting, e["profile"], e["updates"]), []).append(record)
@@ -178,7 +188,7 @@ def our_rows(dataset: str, folder: Path | None = None) -> pd.DataFrame:
     for (method, setting, profile, updates), runs in groups.items():
         row = {"method": method, "setting": setting, "profile": profile, "updates": updates, "seeds": len(runs)}
         finished = [run["metrics"] for run in runs if run["status"] == "done"]
-        for metric, (heading, decimals) in shown.items():
+        for metric, (heading, decimals) in columns(dataset).items():
             values = [m[metric]["value"] for m in finished if metric in m and math.isfinite(m[metric]["value"])]
             row[heading] = spread(values, decimals) if values else "–" if finished else "diverged"
         row["minutes"] = round(statistics.mean(run["seconds"] for run in runs) / 60, 1)
@@ -190,7 +200,8 @@ def table(dataset: str, folder: Path | None = None) -> pd.DataFrame:
     r"""The papers' rows, and behind each the records of the same method, or "not run" and why."""
     ours = our_rows(dataset, folder)
     rows, known = [], papers(dataset, folder)
-    shown = [name for name in ("NLL", "score", "modes", "high quality", "KL") if any(name in row for row in known)]
+    printable = ("NLL", "RMSE", "score", "modes", "high quality", "KL")
+    shown = [name for name in printable if any(name in row for row in known)]
     for printed in known:
         key = printed.get("ours")
         row = {"method": printed["method"], "source": printed["source"]}
@@ -202,7 +213,6 @@ def table(dataset: str, folder: Path | None = None) -> pd.DataFrame:
         if not len(match):
             reason = f"not run: svae run {dataset} {key} --profile cpu" if key else f"not run: {printed['reason']}"
             rows.append(row | {"ours": reason})
-    kinds = MODE_COLUMNS if "modes" in shown else COLUMNS
-    measured = ["updates", "seeds", *(heading for heading, _ in kinds.values()), "minutes"]
+    measured = ["updates", "seeds", *(heading for heading, _ in columns(dataset).values()), "minutes"]
     headings = ["method", "source", *(f"paper {name}" for name in shown), "ours", *measured]
     return pd.DataFrame(rows, columns=headings, dtype=object).fillna("")

@@ -49,15 +49,16 @@ class Block:
 # What is listed twice is run once, at its first place.
 GRID: tuple[Block, ...] = (
     Block(("mnist",), OWN, (LITERAL, STABILISED), seeds=3),
-    # CIFAR-10 comes here, OWN in both settings with two seeds, once the library has nets for it.
-    Block(("mnist",), COMPARATORS, (LITERAL, STABILISED)),
+    Block(("cifar10",), OWN, (LITERAL, STABILISED), seeds=2),
+    Block(("mnist", "cifar10"), COMPARATORS, (LITERAL, STABILISED)),
+    Block(("tiny_imagenet",), ("svae-r", "as-vae", "dcgan"), (STABILISED, LITERAL)),
     Block(("ring8", "grid25"), ON_POINTS, (STABILISED, LITERAL), seeds=10),
     *(Block(("mnist",), ("svae-r",), (STABILISED,), changes={"weight": λ}) for λ in (0.0, 0.01, 0.1, 0.3, 1.0, 3.0)),
     Block(  # the modes of 26,000 draws are counted, as Srivastava et al. 2017 do
         ("stacked_mnist",), ("dcgan", "ali", "svae-r", "svae-exact", "svae-elbo"), changes={"score_samples": 26_000}
     ),
-    Block(("mnist",), OTHERS),
-    Block(("mnist",), ("pixelcnn", "pixelrnn")),  # hours each
+    Block(("mnist", "cifar10"), OTHERS),
+    Block(("mnist", "cifar10"), ("pixelcnn", "pixelrnn")),  # hours each
 )
 
 

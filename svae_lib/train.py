@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from svae_lib import device as devices
 from svae_lib import memory
-from svae_lib.data import Split, grey
+from svae_lib.data import Split
 from svae_lib.densities import Point
 from svae_lib.draws import Draws, Method, Model, mean_squared_slope
 from svae_lib.engine import Average, Graph
@@ -155,7 +155,7 @@ class Trainer:
         size = self.samples // parts
         rows = torch.randint(len(split), (size,), device=self.device)
         z_p = torch.randn(size, self.model.z_dim, device=self.device)
-        return Draws(self.model, grey(split.take(rows)), z_p, self.training.weight, runs=self.runs)
+        return Draws(self.model, self.model.axis.draw(split.take(rows)), z_p, self.training.weight, runs=self.runs)
 
     def critic_step(self, draws: Draws) -> None:
         r"""ψ climbs g(ψ) with (θ, φ) fixed: the gradient stops at the draws (S10)."""

@@ -72,8 +72,8 @@ def test_the_command_of_every_run_makes_its_experiments(profile):
 
 def test_one_dataset_can_be_chosen():
     assert {run.experiments[0].dataset for run in schedule.runs(only="grid25")} == {"grid25"}
-    with pytest.raises(UserError, match="no run of the grid is on 'cifar10'; choose one of: mnist"):
-        schedule.runs(only="cifar10")
+    with pytest.raises(UserError, match="no run of the grid is on 'imagenet64'; choose one of: mnist"):
+        schedule.runs(only="imagenet64")
 
 
 def test_runs_are_done_in_order_and_once_and_a_failure_stops_no_other(tmp_path, started):

@@ -131,8 +131,7 @@ def measured(method: str, dataset: str, folder: Path | None = None) -> pd.DataFr
     rows["command"] = [
         command(dataset, method, row["setting"], row["profile"], seeds[tuple(row[key])]) for _, row in rows.iterrows()
     ]
-    wanted = (*records.COLUMNS.values(), *records.MODE_COLUMNS.values())
-    shown = [heading for heading, _ in wanted if heading in rows and any(rows[heading] != "–")]
+    shown = [heading for heading, _ in records.columns(dataset).values() if any(rows[heading] != "–")]
     return rows[["setting", "profile", "seeds", *shown, "minutes", "command"]]
 
 
