@@ -93,6 +93,15 @@ def bounds_command(args: argparse.Namespace) -> None:
     print(f"record: {records.write_report(args.results or records.results_folder(), record)}")
 
 
+def bench_command(args: argparse.Namespace) -> None:
+    from svae_lib import bench, records, timing
+
+    effort = timing.QUICK if args.quick else timing.FULL
+    record = bench.run(args.device, effort, args.only, partial(print, flush=True))
+    if args.results or not (args.quick or args.only):
+        print(f"record: {records.write_report(args.results or records.results_folder(), record)}")
+
+
 def grid_command(args: argparse.Namespace) -> None:
     from svae_lib import records, schedule
 
@@ -240,6 +249,23 @@ def parser() -> argparse.ArgumentParser:
     bounds = command("bounds", bounds_command, "what the data alone says about likelihoods and errors; writes a record")
     bounds.add_argument("dataset", help=DATASETS)
     bounds.add_argument("--results", type=Path, help="folder for records (default: results/ of the clone)")
+
+    bench = command(
+        "bench", bench_command, "time the engine beside other loops and against the machine's limits; writes a record",
+        """\
+        examples:
+          svae bench                                    all rows, minutes on an idle machine
+          svae bench --quick                            all rows in a minute, roughly; no record
+          svae bench --only growth                      step, trainers, loader, sampling or growth; no record
+
+        Nothing else should run meanwhile: the record holds the load at start and end.
+        `pip install -e ".[bench]"` brings the trainers of others; without them their rows say how to get them.
+        """,
+    )  # fmt: skip
+    bench.add_argument("--quick", action="store_true", help="fewer and shorter turns")
+    bench.add_argument("--only", metavar="NAME", help="one group of rows")
+    bench.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    bench.add_argument("--results", type=Path, help="folder for the record (default: results/ of the clone)")
 
     notebook = command(
         "notebook", notebook_command, "execute one chapter with checked parameters",

@@ -1,0 +1,240 @@
+r"""The tables of the page *Cost*: `{cost} nets`, `machines`, `predicted`, `papers`, `runs` and `bench`.
+
+What is counted comes from the library's nets, what was measured from the records of `svae bench` and `svae run`.
+Without a record a cell says "not run", and how to run it.
+"""
+
+import functools
+import statistics
+from pathlib import Path
+
+import pandas as pd
+from docutils import nodes
+from method_pages import Directive
+from sphinx.application import Sphinx
+
+from svae_lib import bench, costs, records
+from svae_lib.costs import Cost, Machine
+from svae_lib.experiment import Experiment
+
+METHOD = "svae-r"
+UPDATES = 200_000  # of the profile `paper`
+NOT_RUN = "not run: `svae bench`"
+
+
+@functools.cache
+def counted(method: str, precision: str) -> list[Cost]:
+    r"""All nets with all data they serve, counted once a build."""
+    return costs.all_costs(method, precision)
+
+
+def bench_records(folder: Path) -> list[records.Record]:
+    r"""The records of `svae bench`, one a machine."""
+    return [records.read_report(path.stem, folder) for path in sorted(folder.glob("bench-*.json"))]
+
+
+def described(machine: Machine, measured: list[records.Record]) -> bool:
+    r"""Whether one of the records is of the machine that its maker describes."""
+    return any(machine.name in record["machine"] for record in measured)
+
+
+def machines(folder: Path) -> list[tuple[Machine, str, records.Record | None]]:
+    r"""Every machine with a name for the page and its record; published ones, which have none, follow."""
+    measured = bench_records(folder)
+    found = [
+        (machine, f"{record['machine']}; {machine.name}", record)
+        for record in measured
+        for machine in (Machine(**rates) for rates in record["machines"])
+    ]
+    return found + [(m, m.name, None) for m in costs.PUBLISHED if not described(m, measured)]
+
+
+def duration(seconds: float) -> str:
+    r"""In the unit that a reader would choose."""
+    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min"), (1, "s"), (1e-3, "ms")):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{1e6 * seconds:.3g} µs"
+
+
+def share(prediction: costs.Prediction) -> str:
+    r"""What binds, and how much of the time."""
+    return f"{prediction.limit}, {100 * prediction.shares[prediction.limit]:.0f} %"
+
+
+def called(cost: Cost) -> str:
+    r"""Nets and data in words."""
+    return f"{cost.experiment.nets.architecture}, {cost.dataset}"
+
+
+# The tables ----------------------------------------------------------------------------------------
+
+
+def nets_table() -> pd.DataFrame:
+    r"""FLOPs and bytes of every net, for the VAE and for a method with a critic."""
+    rows = []
+    for vae, symmetric in zip(counted("vae", "fp32"), counted(METHOD, "fp32"), strict=True):
+        rows.append({
+            "nets, data": called(symmetric),
+            "parameters": f"{symmetric.parameters:,}",
+            "MFLOP, vae": f"{vae.flops / 1e6:,.0f}",
+            f"MFLOP, {METHOD}": f"{symmetric.flops / 1e6:,.0f}",
+            "MB": f"{symmetric.bytes / 1e6:.1f}",
+            "FLOP/byte": f"{symmetric.intensity:.0f}",
+            "operators": len(symmetric.update),
+            "MFLOP, one sample": f"{sum(op.flops for op in symmetric.image) / 1e6:,.0f}",
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def machines_table(folder: Path) -> pd.DataFrame:
+    r"""The four rates of every machine, and the intensity above which arithmetic binds."""
+    rows = []
+    for machine, name, record in machines(folder):
+        source = "published peak; overhead assumed"
+        if record is not None:
+            source = f"measured {record['environment']['date']}, {record['effort']}, load {record['load'][0]}"
+        rows.append({
+            "machine": name,
+            "TFLOP/s, fp32": f"{machine.fp32 / 1e12:.3g}",
+            "TFLOP/s, bf16": f"{machine.bf16 / 1e12:.3g}" if machine.bf16 else "–",
+            "GB/s": f"{machine.bandwidth / 1e9:,.0f}",
+            "µs an operator": f"{1e6 * machine.overhead:.2g}",
+            "FLOP/byte, fp32": f"{machine.fp32 / machine.bandwidth:.0f}",
+            "source": source,
+        })  # fmt: skip
+    if not bench_records(folder):
+        rows.insert(0, dict.fromkeys(rows[0], "") | {"machine": "this book's", "source": NOT_RUN})
+    return pd.DataFrame(rows)
+
+
+def fastest(method: str, number: int, machine: Machine) -> tuple[Cost, costs.Prediction]:
+    r"""The prediction for the number-th net in the precision that is predicted to be faster."""
+    known = ("fp32", "bf16") if machine.bf16 else ("fp32",)
+    both = [counted(method, precision)[number] for precision in known]
+    return min(((cost, costs.predict(cost.update, machine)) for cost in both), key=lambda pair: pair[1].seconds)
+
+
+def predicted_table(folder: Path) -> pd.DataFrame:
+    r"""Time of an update, an epoch and the profile `paper` for every net on every machine, and what was measured."""
+    rows = []
+    for number in range(len(counted(METHOD, "fp32"))):
+        for machine, name, record in machines(folder):
+            cost, prediction = fastest(METHOD, number, machine)
+            updates = costs.IMAGES[cost.dataset] / cost.batch
+            rows.append({
+                "nets, data": called(cost),
+                "machine": name,
+                "precision": cost.experiment.training.precision,
+                "update": duration(prediction.seconds),
+                "epoch": duration(updates * prediction.seconds),
+                f"{UPDATES:,} updates": duration(UPDATES * prediction.seconds),
+                "limited by": share(prediction),
+                "measured update": measured_update(record, machine, cost),
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def measured_update(record: records.Record | None, machine: Machine, cost: Cost) -> str:
+    r"""What the record says of this update, which was timed in the surroundings of its first machine."""
+    if record is None:
+        return "predicted, not measured"
+    begin = f"{bench.label(cost.experiment)}: engine ÷ by hand"
+    found = [row["measured"]["engine"] for row in record["rows"] if row["name"] == begin]
+    return duration(found[0]) if found and machine.name == record["machines"][0]["name"] else "–"
+
+
+def papers_table(folder: Path) -> pd.DataFrame:
+    r"""The papers' cost on ImageNet-64 beside the prediction for the nets that serve it."""
+    heads = ("what", "machine", "epoch", "in all", "sample")
+    printed = ("sVAE-r, paper", "4 h", "under 2 days", "10 ms"), ("PixelCNN++, paper", "44 h", "–", "52 s")
+    rows = [dict(zip(heads, (what, "one TITAN X", *rest), strict=True)) for what, *rest in printed]
+    for number, plain in enumerate(counted(METHOD, "fp32")):
+        for machine, name, _ in machines(folder) if plain.dataset == "imagenet64" else ():
+            cost, prediction = fastest(METHOD, number, machine)
+            epoch = costs.IMAGES["imagenet64"] / cost.batch * prediction.seconds
+            rows.append({
+                "what": f"{METHOD}, {cost.experiment.nets.architecture}, predicted",
+                "machine": f"{name}, {cost.experiment.training.precision}",
+                "epoch": duration(epoch),
+                "in all": f"{duration(12 * epoch)} for 12 epochs",
+                "sample": duration(costs.predict(cost.image, machine).seconds),
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def runs_table(folder: Path, dataset: str = "mnist") -> pd.DataFrame:
+    r"""Seconds per update in the run records, beside the prediction for the machine that the record names."""
+    known = {machine.name: machine for machine, _, record in machines(folder) if record is not None}
+    groups: dict[tuple[str, str, str], list[records.Record]] = {}
+    for record in records.read_all(dataset, folder):
+        e, changes = record["experiment"], record["changes"]
+        setting = " ".join([e["setting"], *(f"{key}={value}" for key, value in changes.items())])
+        if record["status"] == "done" and "together" not in record:
+            groups.setdefault((e["method"], setting, record["environment"]["device"]), []).append(record)
+    rows = []
+    for (method, setting, device), runs in groups.items():
+        seconds = [run["seconds"] / run["experiment"]["updates"] for run in runs]
+        machine, paces = known.get(device), f"{1e3 * statistics.median(seconds):.0f}"
+        row = {"method": method, "setting": setting, "device": device, "runs": len(runs), "ms an update": paces}
+        row |= {"fastest": f"{1e3 * min(seconds):.0f}", "slowest": f"{1e3 * max(seconds):.0f}"}
+        row |= {"predicted": NOT_RUN, "measured ÷ predicted": "–"}
+        if machine is not None:
+            expected = costs.predict(update_of(runs[0]), machine).seconds
+            row["predicted"] = f"{1e3 * expected:.0f}"
+            row["measured ÷ predicted"] = f"{statistics.median(seconds) / expected:.1f}"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def update_of(record: records.Record) -> list[costs.Operator]:
+    r"""The operators of an update of a recorded run."""
+    e = record["experiment"]
+    made = Experiment.make(e["dataset"], e["method"], e["profile"], e["setting"], **record["changes"])
+    return costs.cost(made, costs.SHAPES[e["dataset"]]).update
+
+
+def bench_table(record: records.Record) -> pd.DataFrame:
+    r"""The rows of one record of `svae bench`."""
+    rows = []
+    for row in record["rows"]:
+        cells = {"row": row["name"], "median": row.get("reason", ""), "quartiles": "", "aim": row.get("aim", "")}
+        if "reason" not in row:
+            unit = "" if row["unit"] == "×" else f" {row['unit']}"
+            cells |= {"median": f"{row['value']:.3g}{unit}", "quartiles": f"{row['low']:.3g} to {row['high']:.3g}"}
+        rows.append(cells)
+    return pd.DataFrame(rows)
+
+
+class CostTable(Directive):
+    r"""One of the tables above."""
+
+    required_arguments = 1
+    TABLES = {"machines": machines_table, "predicted": predicted_table, "papers": papers_table, "runs": runs_table}
+
+    def run(self) -> list[nodes.Node]:
+        name, folder = self.arguments[0], Path(self.env.srcdir) / "results"
+        self.env.note_reread()  # a record may have come or gone
+        if name == "nets":
+            return [self.shown(nets_table())]
+        if name == "bench":
+            found = bench_records(folder)
+            made = [node for record in found for node in self.of(record)]
+            return made or [self.paragraph(NOT_RUN)]
+        if name not in self.TABLES:
+            raise self.error(f"there is no table '{name}'; choose nets, bench or one of: {', '.join(self.TABLES)}")
+        return [self.shown(self.TABLES[name](folder))]
+
+    def of(self, record: records.Record) -> list[nodes.Node]:
+        made = record["environment"]
+        words = f"{made['date']}, torch {made['torch']}, {record['effort']}, load {record['load'][0]} at the start"
+        return [self.paragraph(f"**{record['machine']}** ({words} and {record['load'][1]} at the end)"),
+                self.shown(bench_table(record))]  # fmt: skip
+
+    def shown(self, found: pd.DataFrame) -> nodes.table:
+        return self.table(list(found.columns), found.astype(str).values.tolist(), ["measured"])
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_directive("cost", CostTable)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,193 @@
+"""`svae bench` on tiny images: rows are finite and named, rivals do the engine's work, missing packages say so."""
+
+import json
+import math
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from svae_lib import bench, cli, costs, experiment, rivals, timing
+from svae_lib.errors import UserError
+from svae_lib.experiment import Experiment
+from svae_lib.timing import Effort
+
+ROOT = Path(__file__).parent.parent
+TINY = Effort("tiny", 2, 0.0, 128, False)
+CPU = torch.device("cpu")
+BENCH = bench.Bench(CPU, TINY, costs.Machine("toy", 1e10, 1e11, 1e9, 1e-6))
+
+
+@pytest.fixture(autouse=True)
+def small_images(monkeypatch):
+    for name, (colours, _, _) in costs.SHAPES.items():
+        monkeypatch.setitem(costs.SHAPES, name, (colours, 8, 8))
+
+
+def weights_of(trainer):
+    return torch.cat([weight.detach().flatten() for weight in trainer.model.players.parameters()])
+
+
+# Timing --------------------------------------------------------------------------------------------
+
+
+def test_functions_take_turns_and_the_order_is_reversed():
+    seen = []
+    functions = {name: lambda name=name: seen.append(name) for name in "ab"}
+    times = timing.in_turns(functions, CPU, Effort("", 3, 0.0, 0, False))
+    assert "".join(seen[-6:]) == "abbaab"
+    assert all(seconds.shape == (3,) and (seconds > 0).all() for seconds in times.values())
+
+
+def test_what_times_itself_is_believed():
+    times = timing.in_turns({"own": lambda: timing.Seconds(2.5), "loss": lambda: 2.5}, CPU, TINY)
+    assert times["own"].tolist() == [2.5, 2.5]
+    assert times["loss"].max() < 1  # a number that is no time
+
+
+def test_a_row_holds_median_and_quartiles():
+    found = timing.row("x", np.array([1.0, 2.0, 3.0, 4.0, 100.0]), aim="≤ 3", engine=np.float64(2))
+    assert (found["low"], found["value"], found["high"], found["turns"]) == (2, 3, 4, 5)
+    assert json.loads(json.dumps(found)) == found
+    assert bench.line(found).split() == ["x", "3", "(2", "to", "4)", "×", "≤", "3"]
+
+
+def test_ceilings_are_rates_of_this_machine():
+    machine = timing.ceilings(CPU, TINY)
+    assert machine.name == f"cpu, {torch.get_num_threads()} threads"
+    assert 1e8 < machine.fp32 < 1e15 and 1e8 < machine.bandwidth < 1e13 and 1e-9 < machine.overhead < 1e-2
+
+
+# Rivals --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["vae", "svae-r"])
+def test_the_loop_by_hand_trains_as_the_engine_does(method):
+    """Not the same random numbers, but the same losses on the way: dropout off, batches of all the same image."""
+    made = Experiment.make("mnist", method, critic_dropout=0.0, norm="none", critic_norm="none", lr=1e-3)
+    ended = []
+    for by_hand in (False, True):
+        torch.manual_seed(0)
+        trainer = bench.engine(BENCH, made, 1)
+        step = rivals.by_hand(trainer) if by_hand else trainer.update
+        torch.manual_seed(1)
+        for _ in range(30):
+            step()
+        torch.manual_seed(2)
+        ended.append(trainer.method.player(trainer.draw(trainer.data)).item())
+    start = bench.engine(BENCH, made, 1)
+    torch.manual_seed(2)
+    begun = start.method.player(start.draw(trainer.data)).item()
+    assert ended[0] == pytest.approx(ended[1], rel=0.15)
+    assert abs(ended[0] - begun) > 2 * abs(ended[0] - ended[1])
+
+
+@pytest.mark.parametrize("method", ["vae", "svae-r"])
+def test_the_layers_alone_do_all_the_arithmetic_and_change_no_weight(method):
+    trainer = bench.engine(BENCH, Experiment.make("mnist", method, batch=8), 16)
+    by_hand = rivals.by_hand(trainer)
+    whole = costs.count(by_hand)
+    replay = rivals.layers_alone(by_hand, CPU)
+    weights = weights_of(trainer)
+    alone = costs.count(replay)
+    assert sum(op.flops for op in alone) == sum(op.flops for op in whole) > 0
+    assert len(alone) < 0.6 * len(whole)
+    assert torch.equal(weights, weights_of(trainer))
+
+
+@pytest.mark.parametrize("rival", ["pythae", "lightning"])
+def test_the_trainers_of_others_see_every_image_and_train_our_nets(rival):
+    if find_spec(rival) is None:
+        pytest.skip(f"{rival} is not installed: pip install {rival}")
+    make = {"pythae": rivals.pythae_epoch, "lightning": rivals.lightning_epoch}[rival]
+    trainer = bench.engine(BENCH, Experiment.make("mnist", "vae"), 16)
+    seen = []
+    trainer.model.encoder.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+    before = weights_of(trainer)
+    epoch = make(trainer.model, torch.rand(24, 1, 8, 8), 8, CPU)
+    seen.clear()
+    seconds = epoch()
+    assert seen == [8, 8, 8]
+    assert rival == "pythae" or seconds > 0
+    assert not torch.equal(before, weights_of(trainer))
+
+
+@pytest.mark.parametrize("name, module", [("pythae", "pythae.models"), ("Lightning", "lightning")])
+def test_a_missing_package_is_a_row_that_says_how_to_get_it(monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(bench, "in_turns", lambda functions, *_: {key: np.ones(2) for key in functions})
+    rows = {row["name"].split("÷ ")[1]: row for row in bench.trainers(BENCH)}
+    assert rows[f"{name}'s"]["reason"] == f"not run: pip install {name.lower()}"
+    assert "pip install" in bench.line(rows[f"{name}'s"])
+
+
+def test_torchvision_loads_the_same_bytes():
+    images, seen = torch.randint(256, (10, 1, 8, 8), dtype=torch.uint8), []
+    epoch = rivals.torchvision_batches(images, torch.arange(10), 4)
+    loader = epoch.__closure__[0].cell_contents
+    for x, _ in loader:
+        seen.append(x)
+    rows = torch.cat(seen).flatten(1)
+    assert torch.equal(rows.sort(0).values, (images.float() / 255).flatten(1).sort(0).values)
+
+
+# All of it -----------------------------------------------------------------------------------------
+
+
+def test_all_rows_are_measured_recorded_and_shown_on_the_page(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(timing, "QUICK", TINY)
+    cases = [Experiment.make("mnist", "vae", batch=8), Experiment.make("mnist", "svae-r", batch=8, precision="bf16")]
+    monkeypatch.setattr(bench, "cases", lambda device: cases)
+    assert cli.main(["bench", "--quick", "--device", "cpu", "--results", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    record = json.loads(path.read_text())
+    assert path.stem == record["name"] and record["name"].startswith("bench-")
+    measured = [row for row in record["rows"] if "reason" not in row]
+    assert all(math.isfinite(row["value"]) and row["low"] <= row["value"] <= row["high"] for row in measured)
+    names = [row["name"] for row in record["rows"]]
+    assert len(names) == len(set(names))
+    for wanted in ("÷ by hand", "÷ its layers", "FLOP/s ÷ ceiling", "pythae's", "Lightning's", "loader", "sample a1",
+                   "images: 10,000", "batch: 256", "hidden units", "channels", "trained together"):  # fmt: skip
+        assert any(wanted in name for name in names), wanted
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
+    of = {row["name"]: row for row in measured}
+    assert of["images: 10,000 ÷ 1,000"]["value"] < 3  # flat, but for what else this machine does meanwhile
+
+
+def test_only_one_group_is_run_and_not_recorded(monkeypatch, tmp_path):
+    monkeypatch.setitem(bench.GROUPS, "loader", lambda _: iter([timing.missing("x", "y")]))
+    monkeypatch.setattr(bench, "ceilings", lambda *_: BENCH.machine)
+    monkeypatch.setattr(bench.records, "results_folder", lambda: tmp_path)
+    assert cli.main(["bench", "--only", "loader", "--device", "cpu"]) == 0
+    assert not [*tmp_path.iterdir()]
+    assert [row["name"] for row in bench.run("cpu", TINY, "loader", lambda _: None)["rows"]] == ["x"]
+    with pytest.raises(UserError, match="choose one of: step, trainers"):
+        bench.run("cpu", TINY, "nothing")
+
+
+def test_names_of_machines_become_names_of_files():
+    assert timing.slug("NVIDIA H200") == "nvidia-h200"
+    assert timing.slug("Some(R) CPU, 2 cores, 1 threads") == "some-r-cpu-2-cores-1-threads"
+    assert str(torch.get_num_threads()) in timing.machine_name(CPU)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_function_does_the_same_on_cuda():
+    x = torch.zeros(1, device="cuda")
+    replay = timing.captured(lambda: x.add_(1))
+    x.zero_()
+    replay()
+    replay()
+    torch.cuda.synchronize()
+    assert x.item() == 2
+    trainer = experiment.prepare(
+        Experiment.make("mnist", "svae-r", batch=8), bench.dataset("mnist", 64), torch.device("cuda")
+    )
+    seconds = timing.in_turns(
+        {"layers": rivals.layers_alone(rivals.by_hand(trainer), torch.device("cuda"))}, torch.device("cuda"), TINY
+    )
+    assert (seconds["layers"] > 0).all()
