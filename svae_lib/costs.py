@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from svae_lib import methods, nets
+from svae_lib import methods
 from svae_lib.data import Split
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
-from svae_lib.models import build_model
+from svae_lib.models import ARCHITECTURES, build_model
 from svae_lib.train import Trainer
 
 # The data sets of the papers: shape of an image, and images in the published training set.
@@ -159,7 +159,7 @@ def cost(experiment: Experiment, shape: tuple[int, ...]) -> Cost:
 def all_costs(method: str, precision: str = "fp32", batch: int = 64) -> list[Cost]:
     r"""The costs of a method with every architecture of the library on every data set of the papers it has nets for."""
     found = []
-    for architecture in nets.ARCHITECTURES:
+    for architecture in ARCHITECTURES:
         for dataset in APPENDIX.get(architecture, SHAPES):
             changes = {"architecture": architecture, "precision": precision, "batch": batch}
             with contextlib.suppress(UserError):  # no nets for such images

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from svae_lib.costs import Recorder
 from svae_lib.draws import Model
+from svae_lib.engine import Graph
 from svae_lib.errors import UserError
-from svae_lib.timing import Seconds, Step, captured, clock
+from svae_lib.timing import Seconds, Step, clock
 from svae_lib.train import Trainer
 
 # By hand -------------------------------------------------------------------------------------------
@@ -41,7 +42,7 @@ def _adam(trainer: Trainer, nets: list[nn.Module]) -> torch.optim.Adam:
 
 def _batch(trainer: Trainer) -> tuple[Tensor, Tensor]:
     images, size = trainer.data.images, trainer.training.batch
-    x = images[torch.randint(len(images), (size,), device=trainer.device)].float() / 255
+    x = trainer.model.axis.draw(images[torch.randint(len(images), (size,), device=trainer.device)])
     return x, torch.randn(size, trainer.model.z_dim, device=trainer.device)
 
 
@@ -119,7 +120,7 @@ def layers_alone(update: Step, device: torch.device) -> Step:
         for function, args, kwargs in calls:
             function(*args, **kwargs)
 
-    return captured(replay) if device.type == "cuda" else replay
+    return Graph(replay, device) if device.type == "cuda" else replay
 
 
 # Trainers of others --------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from svae_lib.costs import Machine
-from svae_lib.device import describe
+from svae_lib.device import describe, synchronise
+from svae_lib.engine import WARM_UP, Graph
 
 Step = Callable[[], object]
 Row = dict[str, Any]
@@ -44,8 +45,7 @@ class Seconds(float):
 
 def clock(device: torch.device) -> float:
     r"""Seconds, once the device has done all that it was asked for."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
+    synchronise(device)
     return time.perf_counter()
 
 
@@ -58,8 +58,8 @@ def in_turns(functions: dict[str, Step], device: torch.device, effort: Effort) -
     """
     calls = {}
     for name, function in functions.items():
-        seconds = _timed(function, 1, device)  # the first calls compile, capture and allocate
-        for _ in range(2 if seconds < 1 else 0):
+        seconds = _timed(function, 1, device)  # the first calls choose algorithms, allocate, and capture graphs
+        for _ in range(WARM_UP + 1 if device.type == "cuda" else 2 * (seconds < 1)):
             seconds = _timed(function, 1, device)
         calls[name] = max(1, round(effort.seconds / seconds))
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -88,20 +88,6 @@ def missing(name: str, reason: object) -> Row:
     return {"name": name, "reason": f"not run: {reason}"}
 
 
-def captured(function: Step) -> Step:
-    r"""The kernels of `function` as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # capture wants everything to have been allocated once
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
-
-
 # The machine ---------------------------------------------------------------------------------------
 
 
@@ -120,7 +106,7 @@ def ceilings(device: torch.device, effort: Effort) -> Machine:
         "fp32": lambda: a @ a,
         "bf16": lambda: half @ half,
         "copy": lambda: copy.copy_(big),
-        "overhead": captured(additions) if device.type == "cuda" else additions,
+        "overhead": Graph(additions, device) if device.type == "cuda" else additions,
     }
     best = {name: float(seconds.min()) for name, seconds in in_turns(functions, device, effort).items()}
     flops = 2 * side**3

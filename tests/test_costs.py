@@ -85,7 +85,7 @@ def test_nets_that_do_not_exist_are_refused():
 
 def test_every_architecture_has_its_costs():
     found = {(cost.experiment.nets.architecture, cost.dataset) for cost in costs.all_costs("vae")}
-    assert {architecture for architecture, _ in found} == set(costs.nets.ARCHITECTURES)
+    assert {architecture for architecture, _ in found} == set(models.ARCHITECTURES)
     assert ("a1", "mnist") in found and ("a1", "cifar10") not in found and ("dcgan", "imagenet64") in found
 
 

@@ -6,6 +6,7 @@ Without a record a cell says "not run", and how to run it.
 
 import functools
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -108,19 +109,18 @@ def machines_table(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def fastest(method: str, number: int, machine: Machine) -> tuple[Cost, costs.Prediction]:
-    r"""The prediction for the number-th net in the precision that is predicted to be faster."""
-    known = ("fp32", "bf16") if machine.bf16 else ("fp32",)
-    both = [counted(method, precision)[number] for precision in known]
-    return min(((cost, costs.predict(cost.update, machine)) for cost in both), key=lambda pair: pair[1].seconds)
+def fastest(both: Sequence[Cost], machine: Machine) -> tuple[Cost, costs.Prediction]:
+    r"""Of the costs in fp32 and bf16 that which is predicted to be faster on a machine, if it knows bf16."""
+    known = both if machine.bf16 else both[:1]
+    return min(((cost, costs.predict(cost.update, machine)) for cost in known), key=lambda pair: pair[1].seconds)
 
 
 def predicted_table(folder: Path) -> pd.DataFrame:
     r"""Time of an update, an epoch and the profile `paper` for every net on every machine, and what was measured."""
     rows = []
-    for number in range(len(counted(METHOD, "fp32"))):
+    for both in zip(counted(METHOD, "fp32"), counted(METHOD, "bf16"), strict=True):
         for machine, name, record in machines(folder):
-            cost, prediction = fastest(METHOD, number, machine)
+            cost, prediction = fastest(both, machine)
             updates = costs.IMAGES[cost.dataset] / cost.batch
             rows.append({
                 "nets, data": called(cost),
@@ -149,18 +149,22 @@ def papers_table(folder: Path) -> pd.DataFrame:
     heads = ("what", "machine", "epoch", "in all", "sample")
     printed = ("sVAE-r, paper", "4 h", "under 2 days", "10 ms"), ("PixelCNN++, paper", "44 h", "–", "52 s")
     rows = [dict(zip(heads, (what, "one TITAN X", *rest), strict=True)) for what, *rest in printed]
-    for number, plain in enumerate(counted(METHOD, "fp32")):
-        for machine, name, _ in machines(folder) if plain.dataset == "imagenet64" else ():
-            cost, prediction = fastest(METHOD, number, machine)
-            epoch = costs.IMAGES["imagenet64"] / cost.batch * prediction.seconds
-            rows.append({
-                "what": f"{METHOD}, {cost.experiment.nets.architecture}, predicted",
-                "machine": f"{name}, {cost.experiment.training.precision}",
-                "epoch": duration(epoch),
-                "in all": f"{duration(12 * epoch)} for 12 epochs",
-                "sample": duration(costs.predict(cost.image, machine).seconds),
-            })  # fmt: skip
+    for batch in (64, 256):
+        for machine, name, _ in machines(folder):
+            cost, prediction = fastest(of_imagenet(batch), machine)
+            epoch = costs.IMAGES["imagenet64"] / batch * prediction.seconds
+            cells = (f"{METHOD}, {cost.experiment.nets.architecture}, batch {batch}", name)
+            cells += (duration(epoch), f"{duration(12 * epoch)} for 12 epochs")
+            cells += (duration(costs.predict(cost.image, machine).seconds),)
+            rows.append(dict(zip(heads, cells, strict=True)))
     return pd.DataFrame(rows)
+
+
+@functools.cache
+def of_imagenet(batch: int) -> list[Cost]:
+    r"""The nets of ImageNet-64 in both precisions."""
+    made = [Experiment.make("imagenet64", METHOD, precision=precision, batch=batch) for precision in ("fp32", "bf16")]
+    return [costs.cost(experiment, costs.SHAPES["imagenet64"]) for experiment in made]
 
 
 def runs_table(folder: Path, dataset: str = "mnist") -> pd.DataFrame:
@@ -223,7 +227,8 @@ class CostTable(Directive):
             return made or [self.paragraph(NOT_RUN)]
         if name not in self.TABLES:
             raise self.error(f"there is no table '{name}'; choose nets, bench or one of: {', '.join(self.TABLES)}")
-        return [self.shown(self.TABLES[name](folder))]
+        found = self.TABLES[name](folder)
+        return [self.shown(found) if len(found) else self.paragraph("not run: `svae grid --only mnist`")]
 
     def of(self, record: records.Record) -> list[nodes.Node]:
         made = record["environment"]

@@ -1,0 +1,116 @@
+"""The page *Cost*: what is printed follows from nets and records, and without a record it says so."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sphinx")
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
+
+import cost_page  # noqa: E402
+
+from svae_lib import bench, costs, records, timing  # noqa: E402
+from svae_lib.experiment import Experiment  # noqa: E402
+
+RATES = {"fp32": 1e11, "bf16": 5e11, "bandwidth": 1e10, "overhead": 1e-5}
+CONF = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "book" / "_ext")!r})
+extensions = ["myst_nb", "cost_page"]
+myst_enable_extensions = ["dollarmath"]
+exclude_patterns = ["results"]
+html_theme = "basic"
+"""
+
+
+@pytest.fixture(autouse=True)
+def two_nets(monkeypatch):
+    monkeypatch.setattr(costs, "ARCHITECTURES", ("a1", "a3"))
+    cost_page.counted.cache_clear()
+    yield
+    cost_page.counted.cache_clear()
+
+
+def write_bench(folder, machine="Toy", device="cpu, 1 threads"):
+    """A record as `svae bench` writes it, with one measured row and one that was not run."""
+    label = bench.label(Experiment.make("mnist", "svae-r", precision="bf16"))
+    measured = timing.row(f"{label}: engine ÷ by hand", [0.9, 1.0, 1.1], aim="≤ 1.05", engine=0.123)
+    return records.write_report(folder, {
+        "name": f"bench-{timing.slug(machine)}", "effort": "full", "machine": machine, "load": [0.1, 1.0],
+        "machines": [{"name": device, **RATES}], "rows": [measured, timing.missing("theirs", "pip install pythae")],
+        "environment": {"date": "2026-01-02", "torch": "2.0", "device": device},
+    })  # fmt: skip
+
+
+def write_run(folder, seconds, seed):
+    e = Experiment.make("mnist", "vae", "cpu", seed=seed)
+    records.write(folder, {
+        "name": e.name, "status": "done", "experiment": e.flat(), "changes": {}, "metrics": {}, "seconds": seconds,
+        "environment": {"device": "cpu, 1 threads"},
+    })  # fmt: skip
+
+
+def test_without_records_the_page_says_what_to_run(tmp_path):
+    assert cost_page.machines_table(tmp_path)["source"].tolist()[0] == "not run: `svae bench`"
+    predicted = cost_page.predicted_table(tmp_path)
+    assert set(predicted["measured update"]) == {"predicted, not measured"}
+    assert set(predicted["nets, data"]) == {"a1, mnist", "a3, imagenet64"}
+    assert len(predicted) == 2 * len(costs.PUBLISHED)
+
+
+def test_a_record_fills_its_column(tmp_path):
+    write_bench(tmp_path)
+    rows = cost_page.predicted_table(tmp_path)
+    (row,) = [row for _, row in rows[rows["machine"] == "Toy; cpu, 1 threads"].iterrows() if "a1" in row["nets, data"]]
+    assert row["precision"] == "bf16" and row["measured update"] == "123 ms"
+    cost = costs.cost(Experiment.make("mnist", "svae-r", precision="bf16"), costs.SHAPES["mnist"])
+    expected = costs.predict(cost.update, costs.Machine("", **RATES)).seconds
+    assert row["update"] == cost_page.duration(expected)
+    assert row["epoch"] == cost_page.duration(expected * 60_000 / 64)
+
+
+def test_a_measured_h200_takes_the_place_of_the_published_one(tmp_path):
+    write_bench(tmp_path, "NVIDIA H200", "cuda, NVIDIA H200")
+    shown = cost_page.machines_table(tmp_path)
+    (source,) = shown[shown["machine"].str.contains("H200")]["source"]
+    assert source.startswith("measured 2026-01-02")
+
+
+def test_runs_are_set_beside_the_prediction_for_their_own_device(tmp_path):
+    for seed, seconds in enumerate((250.0, 500.0, 1_000.0)):
+        write_run(tmp_path, seconds, seed)
+    assert cost_page.runs_table(tmp_path)["predicted"].tolist() == ["not run: `svae bench`"]
+    write_bench(tmp_path, device="cpu, 8 threads")
+    assert cost_page.runs_table(tmp_path)["predicted"].tolist() == ["not run: `svae bench`"]
+    write_bench(tmp_path)
+    (row,) = cost_page.runs_table(tmp_path).to_dict("records")
+    assert (row["runs"], row["ms an update"], row["fastest"], row["slowest"]) == (3, "200", "100", "400")
+    assert float(row["measured ÷ predicted"]) == pytest.approx(200 / float(row["predicted"]), rel=0.1)
+
+
+def test_durations_are_in_the_unit_of_a_reader():
+    assert [cost_page.duration(s) for s in (2e-5, 0.0041, 1.5, 90, 7_200, 1.8e5)] == [
+        "20 µs", "4.1 ms", "1.5 s", "1.5 min", "2 h", "2.08 days",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("with_record", [False, True])
+def test_the_page_is_built(tmp_path, with_record):
+    from sphinx.application import Sphinx
+
+    source, out = tmp_path / "source", tmp_path / "out"
+    (source / "results" / "mnist").mkdir(parents=True)
+    shutil.copy(ROOT / "book" / "cost.md", source / "index.md")
+    (source / "conf.py").write_text(CONF)
+    if with_record:
+        write_bench(source / "results")
+        write_run(source / "results", 250.0, 0)
+    Sphinx(str(source), str(source), str(out), str(out), "html", status=None, warning=sys.stderr).build()
+    page = (out / "index.html").read_text()
+    assert ("not run: pip install pythae" in page) is with_record
+    assert ("not run: <code" in page) is not with_record
+    assert ("svae grid --only mnist" in page) is not with_record
+    assert "a3, imagenet64" in page and "44 h" in page
