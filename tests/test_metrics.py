@@ -44,13 +44,25 @@ def test_importance_weighted_bound_approaches_the_nll_from_above(x):
     assert abs(tight.mean() - truth) < 4 * tight.std() / 20 + 1e-3
 
 
-def test_chunks_do_not_change_the_bound():
-    image = torch.ones(3, 1, 1, 1)
-    values = []
-    for chunk in (64, 1000):
-        torch.manual_seed(1)
-        values.append(metrics.importance_weighted_nll(Guess(), BernoulliPixel(), image[:1], 64, chunk))
-    assert_close(*values)
+@pytest.mark.parametrize("rows", [1, 3, 64, 1000])
+def test_images_and_draws_are_batched_without_mixing_them(rows):
+    images = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0]).view(-1, 1, 1, 1)
+    torch.manual_seed(1)
+    values = metrics.importance_weighted_nll(Guess(), BernoulliPixel(), images, 4_000, rows)
+    exact = torch.tensor([-exact_log_p(x) for x in images.flatten().tolist()])
+    assert_close(values, exact, rtol=0, atol=0.05)
+    torch.manual_seed(1)
+    assert_close(metrics.importance_weighted_nll(Guess(), BernoulliPixel(), images[:1], 64, 64),
+                 one_by_one(images[:1], 64))
+
+
+def one_by_one(image, samples):
+    """The same bound of one image with all draws at once."""
+    torch.manual_seed(1)
+    q = Guess()(image.repeat(samples, 1, 1, 1))
+    z, log_q = q.rsample_and_log_prob()
+    log_w = BernoulliPixel()(z).log_prob(image.repeat(samples, 1, 1, 1)) - 0.5 * (z**2 + math.log(2 * math.pi)).sum(1)
+    return math.log(samples) - (log_w - log_q).logsumexp(0, keepdim=True)
 
 
 def test_elbo_parts_are_the_terms_of_S1():
