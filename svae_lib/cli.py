@@ -62,6 +62,7 @@ def pair_of(text: str) -> tuple[str, str]:
 def print_row(row: dict) -> None:
     r"""One plain line of diagnostics."""
     shown = ("update", "seconds", "objective", "reconstruction", "kl", "critic_loss", "accuracy")
+    shown = (*shown, "images/s", "points/s", "minutes left")
     print("  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row), flush=True)
 
 

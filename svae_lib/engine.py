@@ -62,7 +62,7 @@ class Graph:
 class Average(AveragedModel):
     r"""The exponential moving average of a net, its buffers included.
 
-    AveragedModel itself walks the modules at each update, which cost 14 % of an update of small nets.
+    AveragedModel lists its tensors anew at each update, a tenth of the time of nets as small as those of points.
     """
 
     def __init__(self, net: nn.Module) -> None:

@@ -251,6 +251,7 @@ def run_together(
         except Diverged as error:
             reason = str(error)
         shared |= {"history": trainer.history, "seconds": round(trainer.seconds / len(missing), 1)}
+        shared["engine"] = trainer.engine
         shared |= {"together": len(missing)} if len(missing) > 1 else {}
         shared |= {"processes": distributed.count()} if distributed.count() > 1 else {}
         for number, e in enumerate(missing if trainer.writes else ()):

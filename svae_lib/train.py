@@ -101,6 +101,11 @@ class Trainer:
     def _start_engine(self) -> None:
         self.advance = Graph(self.alternate, self.device) if self.replays else self.alternate
 
+    @property
+    def engine(self) -> str:
+        r"""graph or eager: how updates are done by now."""
+        return "graph" if self.replays and self.advance.captured else "eager"
+
     def _number(self, value: float) -> float | Tensor:
         r"""A number that changes from update to update; for a graph, in memory that it reads."""
         return torch.tensor(value, device=self.device) if self.replays else value
@@ -192,8 +197,8 @@ class Trainer:
     def fit(self, checkpoint: Path | None = None, on_log: Callable[[dict], None] | None = None) -> None:
         r"""Update until `training.updates` are done. `checkpoint` is resumed from, if it exists, and kept.
 
-        `on_log` receives the diagnostics every `log_every` updates. Raises Diverged when they are not finite, and
-        UserError with a batch that would fit when memory runs out.
+        `on_log` receives the diagnostics, and the pace, every `log_every` updates. Raises Diverged when they are not
+        finite, and UserError with a batch that would fit when memory runs out.
         """
         torch.manual_seed(self.seed)
         if checkpoint is not None and checkpoint.exists():
@@ -213,7 +218,7 @@ class Trainer:
                 if logs:
                     self.history.append(self.diagnose())
                     if on_log is not None:
-                        on_log(self.history[-1])
+                        on_log(self.history[-1] | self._pace())
                     self._set_mode(True)  # whoever reads the log may evaluate
                 if keeps:
                     saved = now
@@ -221,12 +226,21 @@ class Trainer:
         if checkpoint is not None and self.writes:
             write_checkpoint(self.state(), checkpoint)
 
+    @property
+    def _unit(self) -> str:
+        return "points" if self.data.images.dim() == 2 else "images"
+
     def _progress(self) -> tqdm:
-        r"""A bar with samples per second and the time left, where there is a terminal."""
-        unit = " images" if self.data.images.dim() > 2 else " points"
+        r"""A bar with images per second and the time left, where there is a terminal."""
         total, done = self.training.updates * self.samples, self.done * self.samples
         disable = None if self.writes else True
-        return tqdm(total=total, initial=done, unit=unit, unit_scale=True, disable=disable, file=sys.stderr)
+        return tqdm(total=total, initial=done, unit=f" {self._unit}", unit_scale=True, disable=disable, file=sys.stderr)
+
+    def _pace(self) -> dict[str, float]:
+        r"""The same for a log; a batch that several critic steps draw anew counts once."""
+        seconds = self.seconds / self.done
+        left = (self.training.updates - self.done) * seconds / 60
+        return {f"{self._unit}/s": self.samples / seconds, "minutes left": left}
 
     def _set_mode(self, training: bool) -> None:
         for net in (self.players, self.critics):
