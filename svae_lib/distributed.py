@@ -165,8 +165,9 @@ class Share(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is functional.batch_norm:
             return batch_norm(*args, **kwargs)
-        if function in (torch.randn, torch.rand):  # sizes
-            return _part(function(count() * args[0], *args[1:], **kwargs))
+        if function in (torch.randn, torch.rand):  # sizes, one by one or as a tuple
+            rows, *others = args if isinstance(args[0], int) else args[0]
+            return _part(function(count() * rows, *others, **kwargs))
         if function is torch.randint:  # limit, sizes
             limit, (rows, *others) = args
             return _part(function(limit, (count() * rows, *others), **kwargs))
@@ -210,7 +211,8 @@ class SharedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.writes = rank() == 0
         if self.training.batch % count():
-            raise UserError(f"{count()} processes cannot share a batch of {self.training.batch}; set a multiple")
+            wrong = f"{count()} processes cannot share a batch of {self.training.batch}"
+            raise UserError(f"{wrong}; set batch to a multiple of {count()}")
         for optimiser in filter(None, (self.player_optimiser, self.critic_optimiser)):
             optimiser.register_step_pre_hook(average)
 

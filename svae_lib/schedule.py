@@ -227,9 +227,11 @@ def _first_that_fits(waiting: Sequence[Run], costs: dict[Run, float | None], lef
     return None
 
 
-def command(run: Run, folder: Path, device: str) -> list[str]:
-    r"""The run as the arguments of a process."""
-    return [sys.executable, "-m", "svae_lib", *run.arguments, "--device", device, "--results", str(folder)]
+def command(run: Run, folder: Path, device: str, processes: int = 1) -> list[str]:
+    r"""The run as the arguments of a process, which may start several that train its model together."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    start = [sys.executable, *(torchrun if processes > 1 else ())]
+    return [*start, "-m", "svae_lib", *run.arguments, "--device", device, "--results", str(folder)]
 
 
 def _start(run: Run, folder: Path, device: str, jobs: int) -> subprocess.Popen:

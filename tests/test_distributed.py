@@ -91,7 +91,7 @@ def test_killed_processes_leave_no_record_and_resume(folder, device, tmp_path, m
 
 def test_what_cannot_be_shared_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="3 processes cannot share a batch of 8; set a multiple"):
+    with pytest.raises(UserError, match="3 processes cannot share a batch of 8; set batch to a multiple of 3"):
         shared_worker.trainer("vae")
     with pytest.raises(UserError, match="cannot share one mps device; choose --device cpu"):
         distributed.join(torch.device("mps"))

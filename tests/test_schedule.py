@@ -209,8 +209,9 @@ def test_snakemake_plans_what_has_no_record(tmp_path):
     for e in (*finished.experiments, *partly.experiments[1:]):
         records.write(tmp_path, record(e))
     options = ["--snakefile", ROOT / "workflow/Snakefile", "--profile", ROOT / "workflow/profiles/slurm"]
-    config = ["--config", "only=ring8", "profile=quick", f"results={tmp_path}"]
-    command = [sys.executable, "-m", "snakemake", "--dry-run", *options, "--directory", tmp_path, *config]
+    config = ["--config", "only=ring8", "profile=quick", "processes=4", f"results={tmp_path}"]
+    show = ["--dry-run", "--printshellcmds"]
+    command = [sys.executable, "-m", "snakemake", *show, *options, "--directory", tmp_path, *config]
     done = subprocess.run(command, capture_output=True, text=True)
     planned = done.stdout + done.stderr
     assert done.returncode == 0, planned
@@ -219,3 +220,5 @@ def test_snakemake_plans_what_has_no_record(tmp_path):
     outputs = [line for line in planned.splitlines() if "output:" in line]
     assert f"    output: {tmp_path}/ring8/{partly.experiments[0].name}.json" in outputs
     assert not any(run.name in line for run in (finished,) for line in outputs)
+    commands = [line for line in planned.splitlines() if "OMP_NUM_THREADS=2 " in line]
+    assert len(commands) == len(runs) - 1 and all("--nproc_per_node=4 -m svae_lib run ring8 " in c for c in commands)
