@@ -30,6 +30,7 @@ from torch import Tensor, distributed
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from svae_lib import memory
 from svae_lib.data import Split
 from svae_lib.draws import Draws
 from svae_lib.errors import UserError
@@ -88,6 +89,11 @@ def from_first(value: Any) -> Any:
 # What a batch shares ------------------------------------------------------------------------------
 
 
+def part(whole: Tensor) -> Tensor:
+    r"""This process's rows of a batch."""
+    return whole.chunk(count())[rank()]
+
+
 class _Sum(torch.autograd.Function):
     r"""Σ over processes, on each of them. Its derivative is the same sum, and so are all further ones."""
 
@@ -108,18 +114,12 @@ def gather(x: Tensor) -> Tensor:
 
 
 def batch_norm(
-    input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    r"""`torch.nn.functional.batch_norm` by the statistics of the rows of all processes; (B/N, C, ...) -> the same.
+    input: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    r"""`torch.nn.functional.batch_norm` by the statistics of all processes' rows; (B/N, C, ...) -> (B/N, C, ...).
 
-    var = E_r var_r + Var_r mean_r over processes r of equally many rows; fp32 under autocast too.
+    var = E_r var_r + Var_r mean_r over processes r of equally many rows; in the precision of the weights.
     """
     if not training:
         return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -152,7 +152,7 @@ class SharedDraws(Draws):
         return scores if self.separable else gather(scores).flatten(0, 1)
 
     def of_others(self, z: Tensor) -> Tensor:
-        return _part(gather(z).flatten(0, 1).roll(1, 0))
+        return part(gather(z).flatten(0, 1).roll(1, 0))
 
 
 class Share(TorchFunctionMode):
@@ -162,31 +162,27 @@ class Share(TorchFunctionMode):
     """
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+        options = kwargs or {}
         if function is functional.batch_norm:
-            return batch_norm(*args, **kwargs)
+            return batch_norm(*args, **options)
+        if function is functional.dropout and options["training"]:
+            return args[0] * part(function(torch.ones_like(_whole(args[0])), **options))
+        if function in (torch.randn_like, torch.rand_like):
+            return part(function(_whole(args[0]), **options))
         if function in (torch.randn, torch.rand):  # sizes, one by one or as a tuple
             rows, *others = args if isinstance(args[0], int) else args[0]
-            return _part(function(count() * rows, *others, **kwargs))
+            return part(function(count() * rows, *others, **options))
         if function is torch.randint:  # limit, sizes
             limit, (rows, *others) = args
-            return _part(function(limit, (count() * rows, *others), **kwargs))
+            return part(function(limit, (count() * rows, *others), **options))
         if function is torch.multinomial:  # probabilities, how many
-            return _part(function(args[0], count() * args[1], **kwargs))
-        if function in (torch.randn_like, torch.rand_like):
-            return _part(function(_whole(args[0]), **kwargs))
-        if function is functional.dropout and kwargs["training"]:
-            return args[0] * _part(function(torch.ones_like(_whole(args[0])), **kwargs))
-        return function(*args, **kwargs)
+            return part(function(args[0], count() * args[1], **options))
+        return function(*args, **options)
 
 
 def _whole(x: Tensor) -> Tensor:
-    """Something of the whole batch's shape, dtype and layout."""
+    """Something of the whole batch's shape, type and layout."""
     return torch.cat([x.detach()] * count())
-
-
-def _part(whole: Tensor) -> Tensor:
-    return whole.chunk(count())[rank()]
 
 
 # The loop -----------------------------------------------------------------------------------------
@@ -219,6 +215,15 @@ class SharedTrainer(Trainer):
     def update(self) -> None:
         with Share():
             super().update()
+
+    def _update_or_say_what_fits(self) -> None:  # what would fit cannot be tried without the others
+        try:
+            self.update()
+        except RuntimeError as error:
+            if not memory.ran_out(error):
+                raise
+            wrong = f"a batch of {self.training.batch} does not fit into {count()} times the memory of {self.device}"
+            raise UserError(f"{wrong}; start more processes or set a smaller batch") from None
 
     def draw(self, split: Split, parts: int = 1) -> Draws:
         r"""This process's rows in training; all rows for the diagnostics, which are the same for everyone."""
