@@ -103,6 +103,26 @@ def bench_command(args: argparse.Namespace) -> None:
         print(f"record: {records.write_report(args.results or records.results_folder(), record)}")
 
 
+def classifier_command(args: argparse.Namespace) -> None:
+    import torch
+
+    from svae_lib import classifier, data, quality, records
+    from svae_lib.device import choose_device, describe
+
+    def say(epoch: int, epochs: int, accuracy: float) -> None:
+        print(f"epoch {epoch} of {epochs}: {accuracy:.4f} of the validation images", flush=True)
+
+    dataset, device = data.load(args.dataset), choose_device(args.device)
+    folder = args.results or records.results_folder()
+    report = records.read_report(f"classifier-{dataset.name}", folder)
+    if report is None:
+        torch.manual_seed(0)
+        classifier.make_classifier(dataset, device, say)
+        report = quality.calibrate(dataset, device) | {"environment": records.environment(describe(device))}
+        print(f"record: {records.write_report(folder, report)}")
+    print_metrics(report)
+
+
 def grid_command(args: argparse.Namespace) -> None:
     from svae_lib import records, schedule
 
@@ -267,6 +287,20 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--only", metavar="NAME", help="one group of rows")
     bench.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     bench.add_argument("--results", type=Path, help="folder for the record (default: results/ of the clone)")
+
+    classifier = command(
+        "classifier", classifier_command, "train the classifier that scores images, once, and measure real data by it",
+        """\
+        examples:
+          svae classifier patches32                     a minute, no download
+          svae classifier cifar10                       half an hour on two CPU cores, a minute on a graphics card
+
+        Interrupted? The same command goes on after the last whole epoch. Finished? It prints the report.
+        """,
+    )  # fmt: skip
+    classifier.add_argument("dataset", help="a dataset of images")
+    classifier.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    classifier.add_argument("--results", type=Path, help="folder for the report (default: results/ of the clone)")
 
     notebook = command(
         "notebook", notebook_command, "execute one chapter with checked parameters",

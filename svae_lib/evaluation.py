@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svae_lib import metrics
+from svae_lib import metrics, quality
 from svae_lib.autoregressive import PixelModel
 from svae_lib.classifier import accuracy, load_classifier
-from svae_lib.data import STACKED, Axis, Cells, Dataset, Grey, load
+from svae_lib.data import NATURAL, STACKED, Axis, Cells, Dataset, Grey, load
 from svae_lib.mixtures import MIXTURES, Mixture
 
 Metrics = dict[str, metrics.Metric]
@@ -25,6 +25,7 @@ class Evaluation:
     pixelwise_samples: int = 100  # the same, of models that draw pixel by pixel: a pass of the net for each
     iw_samples: int = 5_000  # K
     iw_images: int = 1_000  # images on which the gap to the ELBO is measured
+    inception: bool = False  # also the published IS, FID and KID of colour images, whose weights are then downloaded
 
 
 def evaluate(
@@ -59,7 +60,8 @@ def _images(
         values = _likelihood(players["encoder"], decoder, images, how, axis)
         values |= metrics.reconstruction_error(players["encoder"], decoder, images, axis)
     samples = metrics.sample_images(decoder, z_dim, count, device, axis)
-    return values | _score(dataset, device, samples)
+    values |= _score(dataset, device, samples)
+    return values | (quality.inception(samples, dataset.train.images) if how.inception else {})
 
 
 def _likelihood(encoder: nn.Module, decoder: nn.Module, images: Tensor, how: Evaluation, axis: Axis) -> Metrics:
@@ -75,7 +77,10 @@ def _likelihood(encoder: nn.Module, decoder: nn.Module, images: Tensor, how: Eva
 def _score(dataset: Dataset, device: torch.device, images: Tensor) -> Metrics:
     if dataset.name in STACKED:  # three digits an image: which of the thousand combinations are there?
         return metrics.stacked_coverage(load_classifier(load(STACKED[dataset.name]), device), images)
-    return {"score": metrics.classifier_score(load_classifier(dataset, device), images)}
+    net = load_classifier(dataset, device)
+    if dataset.name not in NATURAL:
+        return {"score": metrics.classifier_score(net, images)}
+    return quality.quality(net, images, quality.features(net, quality.reference(dataset, device)))
 
 
 def real_data(dataset: Dataset, device: torch.device) -> dict[str, Any]:
