@@ -225,7 +225,7 @@ class SharedTrainer(Trainer):
             wrong = f"a batch of {self.training.batch} does not fit into {count()} times the memory of {self.device}"
             raise UserError(f"{wrong}; start more processes or set a smaller batch") from None
 
-    def draw(self, split: Split, parts: int = 1) -> Draws:
+    def draw(self, split: Split) -> Draws:
         r"""This process's rows in training; all rows for the diagnostics, which are the same for everyone."""
         if split is self.held_out:
             return super().draw(split)

@@ -32,7 +32,7 @@ def doubles():
 
 
 def trainer(method, device="cpu"):
-    made = Experiment.make("digits", method, updates=4, batch=8, log_every=2, ema=0.9, penalty=0.1)
+    made = Experiment.make("digits", method, updates=4, batch=8, log_every=2, ema=0.9, penalty=0.1, engine="eager")
     return experiment.prepare(made, data.load("digits"), torch.device(device))
 
 
@@ -62,6 +62,9 @@ def small_net(device="cpu"):
 
 
 def main(device, folder):
+    if device == "cuda" and torch.cuda.device_count() == 1:  # both on the one card, by Gloo, for NCCL would refuse
+        os.environ["LOCAL_RANK"] = "0"
+        torch.distributed.init_process_group("gloo")
     own = distributed.join(torch.device(device))
     found = {method: outcome(method, own) for method in METHODS}
     net, x = small_net(own)
