@@ -2,6 +2,7 @@ r"""What makes one update fast: a CUDA graph instead of Python, and an average t
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
 from collections.abc import Callable
@@ -35,6 +36,7 @@ class Graph:
             self._warm_up()
             return
         if not self.captured:
+            gc.collect()  # garbage on the device must not be freed during the capture
             with torch.cuda.device(self.device), torch.cuda.graph(self.graph, stream=self.stream):
                 self.alternate()  # is written down, not done
             self.captured = True
@@ -55,7 +57,7 @@ class Graph:
         synchronised = sum("synchronizing CUDA operation" in str(warning.message) for warning in heard)
         if self.eager_updates == WARM_UP and synchronised:
             self.waits = True
-            reason = f"an update waits {synchronised} times for the host"
+            reason = f"an update waits for the host at {synchronised} places"
             tqdm.write(f"no CUDA graph: {reason}; training goes on without", file=sys.stderr)
 
 

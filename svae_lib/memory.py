@@ -17,6 +17,14 @@ def ran_out(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+def advice(attempt: Callable[[int], None], failed: int, device: torch.device) -> str:
+    r"""What to do where an update with a batch of `failed` ran out of memory, in one sentence."""
+    fits = largest_batch(attempt, failed, device)
+    if fits:
+        return f"a batch of {failed} does not fit into the memory of {device}; about {fits} would: set batch={fits}"
+    return f"not even a few samples fit into the memory of {device}; choose smaller nets"
+
+
 def largest_batch(attempt: Callable[[int], None], failed: int, device: torch.device) -> int:
     r"""About the largest batch below `failed` that `attempt(batch)` has memory for; 0 if there is none.
 

@@ -10,6 +10,7 @@ stopped goes on from the checkpoint in the user's cache; a run that fails stops 
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import statistics
@@ -20,6 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from svae_lib import data, experiment, records
 from svae_lib.errors import UserError
@@ -188,12 +191,12 @@ def work(
     waiting = [run for run in chosen if run.missing(folder)]
     running: dict[subprocess.Popen, Run] = {}
     failed: dict[Run, str] = {}
-    costs = _costs(waiting, folder)
+    costs, cards = _costs(waiting, folder), itertools.cycle(range(torch.cuda.device_count()))
     try:
         while (left := end - time.monotonic()) > 0:
             while len(running) < jobs and (run := _first_that_fits(waiting, costs, left)):
                 waiting.remove(run)
-                running[_start(run, folder, device, jobs)] = run
+                running[_start(run, folder, device, jobs, next(cards, None))] = run
                 say(f"start   svae {' '.join(run.arguments)}")
             if not running:
                 break
@@ -234,10 +237,12 @@ def command(run: Run, folder: Path, device: str, processes: int = 1) -> list[str
     return [*start, "-m", "svae_lib", *run.arguments, "--device", device, "--results", str(folder)]
 
 
-def _start(run: Run, folder: Path, device: str, jobs: int) -> subprocess.Popen:
+def _start(run: Run, folder: Path, device: str, jobs: int, card: int | None) -> subprocess.Popen:
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # or the log would end in what was printed before the error
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    if jobs > 1 and card is not None:  # or all runs would share the first one
+        environment.setdefault("CUDA_VISIBLE_DEVICES", str(card))
     _log(run).parent.mkdir(parents=True, exist_ok=True)
     with _log(run).open("w") as log:
         return subprocess.Popen(

@@ -16,9 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from svae_lib import device as devices
-from svae_lib import memory
+from svae_lib import diagnostics, memory
 from svae_lib.data import Split
-from svae_lib.densities import Point
 from svae_lib.draws import Draws, Method, Model, mean_squared_slope
 from svae_lib.engine import Average, Graph
 from svae_lib.errors import UserError
@@ -251,14 +250,10 @@ class Trainer:
             self.update()
             return
         except RuntimeError as error:
-            if not memory.ran_out(error):
+            if not (self.alone and memory.ran_out(error)):
                 raise
         # out here, where the failed update holds no memory any more
-        batch, where = self.training.batch, f"the memory of {self.device}"
-        fits = memory.largest_batch(self._try, batch, self.device)
-        if not fits:
-            raise UserError(f"not even a few samples fit into {where}; choose smaller nets")
-        raise UserError(f"a batch of {batch} does not fit into {where}; about {fits} would: set batch={fits}")
+        raise UserError(memory.advice(self._try, self.training.batch, self.device))
 
     def _try(self, batch: int) -> None:
         r"""An update with that batch; what becomes of the weights does not matter any more."""
@@ -274,8 +269,7 @@ class Trainer:
         return players.eval()
 
     def diagnose(self) -> dict[str, float]:
-        r"""Where training stands, on held-out pairs: the player objective, and for a critic its loss
-        −g(ψ), accuracy, mean and std of f on both joints, and the rms slope of f in x and in z.
+        r"""Where training stands, on held-out pairs (`svae_lib.diagnostics`).
 
         The random stream of training is left untouched, so logging more often changes nothing.
         """
@@ -284,33 +278,13 @@ class Trainer:
             torch.manual_seed(self.done)
             with torch.no_grad():
                 draws = self.draw(self.held_out)
-                row = {"update": self.done, "seconds": round(self.seconds, 2)}
-                row["objective"] = self.method.player(draws).item()
-                if self.method.codes and not isinstance(draws.p_x_given_z_q, Point):
-                    row["reconstruction"] = draws.log_p_x_given_z.mean().item()
-                if self.method.codes and not isinstance(draws.q_z_given_x, Point):
-                    row["kl"] = draws.kl_to_prior.mean().item()
-            if self.method.critic is not None:
-                row |= self._diagnose_critic(draws)
+            row = {"update": self.done, "seconds": round(self.seconds, 2)}
+            row |= diagnostics.of_players(self.method, draws) | diagnostics.of_critics(self.method, draws)
         finite = {name: value for name, value in row.items() if math.isfinite(value)}
         if self.runs > 1:  # one of them may have diverged; its own numbers will say so
             return finite
         if finite != row:
             raise Diverged(f"training diverged at update {self.done}; lower lr or raise penalty")
-        return row
-
-    def _diagnose_critic(self, draws: Draws) -> dict[str, float]:
-        draws.scored = []
-        row = {"critic_loss": -self.method.critic(draws).item()}
-        (f_q, q), (f_p, p) = draws.scored[:2]  # of the first critic
-        if f_q.dim() > 1:  # features, not scores
-            return row
-        row["accuracy"] = 0.5 * ((f_q < 0).float().mean() + (f_p > 0).float().mean()).item()
-        for joint, scores, pair in (("q", f_q, q), ("p", f_p, p)):
-            slopes = torch.autograd.grad(scores.sum(), pair)
-            row |= {f"f_{joint}_mean": scores.mean().item(), f"f_{joint}_std": scores.std().item()}
-            for name, slope in zip("xz", slopes, strict=False):  # no z without codes
-                row[f"slope_{joint}_{name}"] = slope.flatten(1).square().sum(1).mean().sqrt().item()
         return row
 
     # State --------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def test_a_killed_run_is_resumed(tmp_path, monkeypatch, capsys):
     assert "begun" in capsys.readouterr().out
     assert cli.main(command) == 0 and not run.missing(tmp_path)
     written = records.read(tmp_path, "ring8", run.name)
-    assert written["history"][0] == before[0] and len(written["history"]) == 3
+    assert written["history"][0].items() <= before[0].items() and len(written["history"]) == 3
     assert "0 of 1 runs to go" in capsys.readouterr().out
 
 
