@@ -144,5 +144,5 @@ def kl_to_prior(q: Any, z: Tensor, log_q: Tensor | None) -> Tensor:
     r"""KL(q ‖ p(z)) in nats: in closed form for a Gaussian, else log q(z) − log p(z), estimated by z ~ q; -> (B,)."""
     if isinstance(q, DiagonalGaussian):
         return q.kl_to_standard()
-    log_q = q.log_prob(z) if log_q is None else log_q
+    log_q = Point.log_prob(q, z) if log_q is None else log_q  # raises UserError
     return log_q - standard_normal_log_prob(z)

@@ -12,6 +12,7 @@ from svae_lib import metrics, quality
 from svae_lib.autoregressive import PixelModel
 from svae_lib.classifier import accuracy, load_classifier
 from svae_lib.data import NATURAL, STACKED, Axis, Cells, Dataset, Grey, load
+from svae_lib.densities import Point
 from svae_lib.mixtures import MIXTURES, Mixture
 
 Metrics = dict[str, metrics.Metric]
@@ -67,6 +68,9 @@ def _images(
 def _likelihood(encoder: nn.Module, decoder: nn.Module, images: Tensor, how: Evaluation, axis: Axis) -> Metrics:
     few = min(how.iw_images, len(images))
     if axis is Cells:
+        q = metrics.proposal(encoder(axis.see(images[:1])))
+        if isinstance(q, Point) or isinstance(decoder(q.mean), Point):  # nets that draw without a density
+            return {}
         return metrics.discrete_nll(encoder, decoder, images, how.iw_samples, few)
     distortion, rate = metrics.elbo_parts(encoder, decoder, images)
     values = {"elbo_grey": metrics.summary(distortion + rate)}

@@ -27,7 +27,7 @@ DECODERS = ("gaussian", "point", *PIXEL_BY_PIXEL)
 class Nets:
     r"""Sizes and switches of the nets; the defaults are the literal reading of A.1."""
 
-    architecture: str = "a1"  # of images: the appendix's a1, a2 or a3, or dcgan with `channels`
+    architecture: str = "a1"  # of images: a1, a2, a3 of the appendix, the authors' own, or dcgan with `channels`
     channels: int = 64  # of the largest feature maps of dcgan; they double when the sides halve
     z_dim: int = 64
     hidden: int = 128  # width of every "MLP": unstated
@@ -87,7 +87,7 @@ def build_model(sizes: Nets, method: Method, shape: tuple[int, ...], seed: int) 
     decoder = nets.MixtureGenerator([make_decoder() for _ in range(sizes.components)]) if several else make_decoder()
     critics = [make_critic(kind) for kind in method.critics]
     for net in [*filter(None, (encoder, decoder)), *critics]:
-        nets.init_dcgan(net) if sizes.architecture == "dcgan" else nets.init_xavier(net)
+        nets.init_dcgan(net) if sizes.architecture in ("dcgan", "authors") else nets.init_xavier(net)
     critics = [_constrained(critic, sizes) for critic in critics]
     return Model(encoder, decoder, critics, sizes.z_dim, sizes.axis)
 
@@ -121,6 +121,9 @@ class _Family(NamedTuple):
     features: Callable[[int, str, float], tuple[nn.Module, int]]  # hidden, norm, dropout
     decoder: Callable[[int], nn.Module]  # numbers in the code
     critic_features: Callable[[str, float], tuple[nn.Module, int]]  # norm, dropout
+    encoder: Callable[[], nn.Module] | None = None  # if it is not made of `features`
+    code_features: Callable[[], tuple[nn.Module, int]] | None = None  # if they are not an MLP
+    linear: tuple[str, ...] = ()  # kinds of critics that are linear in their features
 
 
 def _a1(sizes: Nets, shape: tuple[int, int, int]) -> _Family:
@@ -140,6 +143,7 @@ def _dcgan(sizes: Nets, shape: tuple[int, int, int]) -> _Family:
         features,
         lambda z_dim: nets.DCGANDecoder(shape, z_dim, sizes.channels, sizes.norm),
         lambda norm, dropout: nets.dcgan_features(shape, sizes.channels, norm, dropout),
+        linear=("x",),  # as published
     )
 
 
@@ -159,10 +163,28 @@ def _appendix(sizes: Nets, shape: tuple[int, int, int]) -> _Family:
     )
 
 
+def _authors(sizes: Nets, shape: tuple[int, int, int]) -> _Family:
+    if sizes.encoder != "gaussian":
+        raise UserError(f"the authors' nets have no {sizes.encoder} encoder; use another --setting")
+    return _Family(
+        lambda hidden, norm, dropout: natural.authors_critic_features(shape, norm, dropout),
+        lambda z_dim: natural.AuthorsDecoder(shape, z_dim, sizes.norm),
+        lambda norm, dropout: natural.authors_critic_features(shape, norm, dropout),
+        lambda: natural.AuthorsEncoder(shape, sizes.z_dim, sizes.norm),
+        lambda: natural.authors_code_features(sizes.z_dim),
+        linear=("x", "xz", "xx"),
+    )
+
+
+FAMILIES = {"a1": _a1, "dcgan": _dcgan, "a2": _appendix, "a3": _appendix, "authors": _authors}
+
+
 def _image_nets(sizes: Nets, shape: tuple[int, ...]) -> tuple[Callable[..., nn.Module], ...]:
-    family = {"a1": _a1, "dcgan": _dcgan, "a2": _appendix, "a3": _appendix}[sizes.architecture](sizes, shape)
+    family = FAMILIES[sizes.architecture](sizes, shape)
 
     def encoder() -> nn.Module:
+        if family.encoder is not None:
+            return family.encoder()
         return _encoder(*family.features(sizes.hidden, sizes.norm, sizes.dropout), sizes)
 
     def decoder() -> nn.Module:
@@ -182,10 +204,13 @@ def _image_nets(sizes: Nets, shape: tuple[int, ...]) -> tuple[Callable[..., nn.M
             if letter == "x":
                 of_x, features = family.critic_features(norm, dropout)
                 parts.append(nn.Sequential(nets.Noise(sizes.instance_noise), of_x))
+            elif family.code_features is not None:
+                of_z, features = family.code_features()
+                parts.append(of_z)
             else:
                 parts.append(nets.mlp(sizes.z_dim, features := hidden, 1, dropout=dropout))
             width += features
-        if kind == "x" and sizes.architecture == "dcgan":  # as published: one linear layer on the features
+        if kind in family.linear:
             return nets.Critic(parts, nn.Linear(width, sizes.critic_outputs))
         return nets.Critic(parts, _scores(nets.mlp(width, hidden, 1, dropout=dropout), sizes))
 

@@ -54,6 +54,7 @@ GRID: tuple[Block, ...] = (
     Block(("mnist",), OWN, (LITERAL, STABILISED), seeds=3),
     Block(("cifar10",), OWN, (LITERAL, STABILISED), seeds=2),
     Block(("mnist", "cifar10"), COMPARATORS, (LITERAL, STABILISED)),
+    Block(("cifar10",), ("svae", "svae-r", "ali"), ("authors",)),
     Block(("tiny_imagenet",), ("svae-r", "as-vae", "dcgan"), (STABILISED, LITERAL)),
     Block(("ring8", "grid25"), ON_POINTS, (STABILISED, LITERAL), seeds=10),
     *(Block(("mnist",), ("svae-r",), (STABILISED,), changes={"weight": λ}) for λ in (0.0, 0.01, 0.1, 0.3, 1.0, 3.0)),

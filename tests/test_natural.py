@@ -75,6 +75,36 @@ def test_without_noise_the_decoder_is_a_point():
     assert isinstance(p, Point) and 0 < p.mean.min() and p.mean.max() < 1
 
 
+# The authors' program --------------------------------------------------------------------------------------
+
+
+def test_uniform_codes_are_normal_codes_seen_otherwise():
+    torch.manual_seed(0)
+    z = torch.randn(20_000)
+    u = natural.uniform(z)
+    assert abs(u.mean()) < 0.02 and u.var().item() == pytest.approx(1 / 3, rel=0.02) and u.abs().max() < 1
+    inner = z[z.abs() < 4]
+    assert_close(natural.normal(natural.uniform(inner)), inner, rtol=0, atol=5e-3)
+    assert natural.normal(torch.tensor([-1.0, 1.0])).isfinite().all()
+
+
+def test_the_authors_objective_is_raw_scores_and_mean_absolute_differences():
+    """S29 in the setting authors: E f(x, z̃) − E f(x̃, z) − mean|x − x̂| − mean|u − û|, pixels in [−1, 1]."""
+    made = Experiment.make("patches32", "svae-r", setting="authors", batch=4)
+    t = experiment.prepare(made, data.load("patches32"), CPU)
+    d = t.draw(t.data)
+    value = METHODS["svae-r"].player(d)
+    f_q, f_p = t.critics[0](d.x, d.z_q), t.critics[0](d.x_p, d.z_p)  # noise is drawn afresh: close, not equal
+    x_hat = d.p_x_given_z_q.mean
+    cycle_x = (2 * x_hat - 2 * d.x).abs().mean()
+    cycle_z = (natural.uniform(d.z_p) - natural.uniform(t.model.encoder(d.x_p).mean)).abs().mean()
+    assert value.item() == pytest.approx((f_q.mean() - f_p.mean() - cycle_x - cycle_z).item(), abs=0.05)
+    assert made.training.weight == 1.0 and made.training.beta1 == 0.5
+    assert not torch.equal(t.model.encoder(d.x).mean, t.model.encoder(d.x).mean), "the encoder draws"
+    sizes = [layer.out_channels for layer in t.critics[0].modules() if isinstance(layer, nn.Conv2d)]
+    assert sizes == [64, 128, 256, 512]
+
+
 # Levels and numbers --------------------------------------------------------------------------------------
 
 
@@ -151,19 +181,27 @@ def test_samples_and_reconstructions_are_in_levels():
 
 @pytest.fixture(scope="module")
 def corners():
-    """Corners of 8 × 8 pixels of patches32, which make its nets cheap."""
+    """Corners of 16 × 16 pixels of patches32, which make its nets cheap."""
     full = data.load("patches32")
     splits = (full.train, full.validation, full.test)
-    small = (Split(s.images[:16, :, :8, :8].contiguous(), s.labels[:16]) for s in splits)
+    small = (Split(s.images[:16, :, :16, :16].contiguous(), s.labels[:16]) for s in splits)
     return Dataset("patches32", *small)
 
 
 SMALL = {"batch": 4, "hidden": 8, "depth": 1, "flow_length": 2, "channels": 4, "updates": 2, "log_every": 2}
 
 
+NO_DENSITY = ("vae", "svae-elbo", "nf-vae", "iaf-vae", "avb", "avb-ac")  # the authors' nets have none, nor flows
+
+
 @pytest.mark.parametrize("setting", list(experiment.SETTINGS["natural"]))
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_on_natural_images(corners, method, setting):
+    if setting == "authors" and method in NO_DENSITY:
+        with pytest.raises(UserError, match="needs a density|the authors' nets have no") as caught:
+            experiment.prepare(Experiment.make("patches32", method, setting=setting, **SMALL), corners, CPU).fit()
+        assert "\n" not in str(caught.value)
+        return
     trainer = experiment.prepare(Experiment.make("patches32", method, setting=setting, **SMALL), corners, CPU)
     trainer.fit()
     assert trainer.history[-1]["update"] == 2

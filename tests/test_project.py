@@ -144,10 +144,11 @@ def test_the_register_of_ambiguities_states_the_defaults_that_are_used():
     from svae_lib.experiment import SETTINGS, Experiment
 
     settings_of, *_ = (ROOT / "book" / "ambiguities.md").read_text().partition("## Evaluation")
-    texts = re.split(r"^## (?:Stabilised|Points|Natural images .*)$", settings_of, flags=re.M)
+    texts = re.split(r"^## (?:Stabilised|Points|Natural images .*|The authors' program)$", settings_of, flags=re.M)
     literal = [Experiment.make(dataset, "svae", "paper", "literal").flat() for dataset in ("mnist", "cifar10")]
-    settings = SETTINGS["images"]["stabilised"], SETTINGS["points"]["stabilised"]
-    for text, used in zip(texts, (literal[0], *settings, literal[1]), strict=True):
+    stabilised = SETTINGS["images"]["stabilised"], SETTINGS["points"]["stabilised"]
+    expected = literal[0], *stabilised, literal[1], SETTINGS["natural"]["authors"]
+    for text, used in zip(texts, expected, strict=True):
         stated = {name: ast.literal_eval(value) for name, value in re.findall(r"`(\w+) = ([^`]+)`", text)}
         assert stated and stated == {name: used[name] for name in stated}
         assert used in literal or set(stated) == set(used)
