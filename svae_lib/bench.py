@@ -110,26 +110,34 @@ def _achieved(bench: Bench, experiment: Experiment, seconds: np.ndarray) -> Iter
 
 
 def trainers(bench: Bench) -> Iterator[Row]:
-    r"""Images/s of the VAE against pythae's trainer and Lightning's: the same nets, batch and number of images."""
-    experiment = Experiment.make("mnist", "vae")
-    data, batch = dataset("mnist", bench.effort.images), experiment.training.batch
-    trainer, images = prepare(experiment, data, bench.device), grey(data.train.images)
+    r"""Images/s of the VAE against pythae's trainer and Lightning's: the same nets, batch and number of images.
 
+    Theirs in fp32, their default; the engine in fp32 and, as the profiles `cpu` and `paper` set it, in bf16.
+    """
+    data, batch, functions, reasons = dataset("mnist", bench.effort.images), 64, {}, {}
+    alike = [Experiment.make("mnist", "vae", precision=precision, batch=batch) for precision in ("fp32", "bf16")]
+    for experiment in alike:
+        functions[label(experiment)] = _epoch(prepare(experiment, data, bench.device), len(data.train) // batch)
+    for rival, make in (("pythae", rivals.pythae_epoch), ("Lightning", rivals.lightning_epoch)):
+        model = build_model(alike[0].nets, methods.METHODS["vae"], SHAPES["mnist"], 0)
+        try:
+            functions[rival] = make(model, grey(data.train.images), batch, bench.device)
+        except UserError as error:
+            functions[rival], reasons[rival] = lambda: None, error
+    times = in_turns(functions, bench.device, bench.effort)
+    for rival in ("pythae", "Lightning"):
+        for name in map(label, alike):
+            measured = {"engine": np.median(times[name]), rival: np.median(times[rival]), "images": len(data.train)}
+            named, ratio = f"{name}: images/s ÷ {rival}'s", times[rival] / times[name]
+            yield missing(named, reasons[rival]) if rival in reasons else row(named, ratio, aim="≥ 2", **measured)
+
+
+def _epoch(trainer: Trainer, updates: int) -> Step:
     def epoch() -> None:
-        for _ in range(len(images) // batch):
+        for _ in range(updates):
             trainer.update()
 
-    for rival, make in (("pythae", rivals.pythae_epoch), ("Lightning", rivals.lightning_epoch)):
-        name = f"{label(experiment)}: images/s ÷ {rival}'s"
-        try:
-            model = build_model(experiment.nets, methods.METHODS["vae"], SHAPES["mnist"], 0)
-            theirs = make(model, images, batch, bench.device)
-        except UserError as error:
-            yield missing(name, error)
-            continue
-        times = in_turns({"engine": epoch, rival: theirs}, bench.device, bench.effort)
-        medians = {key: np.median(value) for key, value in times.items()}
-        yield row(name, times[rival] / times["engine"], aim="≥ 2", images=len(images), **medians)
+    return epoch
 
 
 def loader(bench: Bench) -> Iterator[Row]:

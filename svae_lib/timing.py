@@ -35,7 +35,7 @@ class Effort:
     large: bool
 
 
-FULL = Effort("full", 9, 0.2, 1_280, True)
+FULL = Effort("full", 9, 0.2, 960, True)
 QUICK = Effort("quick", 3, 0.01, 320, False)
 
 

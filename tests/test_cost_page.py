@@ -35,9 +35,10 @@ def two_nets(monkeypatch):
     cost_page.counted.cache_clear()
 
 
-def write_bench(folder, machine="Toy", device="cpu, 1 threads"):
+def write_bench(folder, machine="Toy", device="cpu, 1 threads", **case):
     """A record as `svae bench` writes it, with one measured row and one that was not run."""
-    label = bench.label(Experiment.make("mnist", "svae-r", precision="bf16"))
+    case = {"dataset": "mnist"} | case
+    label = bench.label(Experiment.make(method="svae-r", precision="bf16", **case))
     measured = timing.row(f"{label}: engine ÷ by hand", [0.9, 1.0, 1.1], aim="≤ 1.05", engine=0.123)
     return records.write_report(folder, {
         "name": f"bench-{timing.slug(machine)}", "effort": "full", "machine": machine, "load": [0.1, 1.0],
@@ -74,10 +75,12 @@ def test_a_record_fills_its_column(tmp_path):
 
 
 def test_a_measured_h200_takes_the_place_of_the_published_one(tmp_path):
-    write_bench(tmp_path, "NVIDIA H200", "cuda, NVIDIA H200")
+    write_bench(tmp_path, "NVIDIA H200", "cuda, NVIDIA H200", dataset="imagenet64", batch=256)
     shown = cost_page.machines_table(tmp_path)
     (source,) = shown[shown["machine"].str.contains("H200")]["source"]
     assert source.startswith("measured 2026-01-02")
+    epochs = cost_page.papers_table(tmp_path).query("machine.str.contains('H200')")["measured epoch"]
+    assert epochs.tolist() == ["–", cost_page.duration(0.123 * 1_281_167 / 256)]
 
 
 def test_runs_are_set_beside_the_prediction_for_their_own_device(tmp_path):

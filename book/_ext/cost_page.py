@@ -130,32 +130,38 @@ def predicted_table(folder: Path) -> pd.DataFrame:
                 "epoch": duration(updates * prediction.seconds),
                 f"{UPDATES:,} updates": duration(UPDATES * prediction.seconds),
                 "limited by": share(prediction),
-                "measured update": measured_update(record, machine, cost),
+                "measured update": measured(record, measured_update(record, machine, cost)),
             })  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def measured_update(record: records.Record | None, machine: Machine, cost: Cost) -> str:
-    r"""What the record says of this update, which was timed in the surroundings of its first machine."""
-    if record is None:
-        return "predicted, not measured"
-    begin = f"{bench.label(cost.experiment)}: engine ÷ by hand"
-    found = [row["measured"]["engine"] for row in record["rows"] if row["name"] == begin]
-    return duration(found[0]) if found and machine.name == record["machines"][0]["name"] else "–"
+def measured_update(record: records.Record | None, machine: Machine, cost: Cost) -> float | None:
+    r"""Seconds, if the record has this update; it was timed in the surroundings of its first machine."""
+    if record is None or machine.name != record["machines"][0]["name"]:
+        return None
+    wanted = f"{bench.label(cost.experiment)}: engine ÷ by hand"
+    return next((row["measured"]["engine"] for row in record["rows"] if row["name"] == wanted), None)
+
+
+def measured(record: records.Record | None, seconds: float | None) -> str:
+    r"""A measured time as a cell."""
+    return duration(seconds) if seconds else "predicted, not measured" if record is None else "–"
 
 
 def papers_table(folder: Path) -> pd.DataFrame:
     r"""The papers' cost on ImageNet-64 beside the prediction for the nets that serve it."""
-    heads = ("what", "machine", "epoch", "in all", "sample")
+    heads = ("what", "machine", "epoch", "in all", "sample", "measured epoch")
     printed = ("sVAE-r, paper", "4 h", "under 2 days", "10 ms"), ("PixelCNN++, paper", "44 h", "–", "52 s")
-    rows = [dict(zip(heads, (what, "one TITAN X", *rest), strict=True)) for what, *rest in printed]
+    rows = [dict(zip(heads, (what, "one TITAN X", *rest, rest[0]), strict=True)) for what, *rest in printed]
     for batch in (64, 256):
-        for machine, name, _ in machines(folder):
+        for machine, name, record in machines(folder):
             cost, prediction = fastest(of_imagenet(batch), machine)
             epoch = costs.IMAGES["imagenet64"] / batch * prediction.seconds
             cells = (f"{METHOD}, {cost.experiment.nets.architecture}, batch {batch}", name)
             cells += (duration(epoch), f"{duration(12 * epoch)} for 12 epochs")
+            update = measured_update(record, machine, cost)
             cells += (duration(costs.predict(cost.image, machine).seconds),)
+            cells += (measured(record, update and update * costs.IMAGES["imagenet64"] / batch),)
             rows.append(dict(zip(heads, cells, strict=True)))
     return pd.DataFrame(rows)
 
