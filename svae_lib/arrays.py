@@ -11,13 +11,16 @@ import math
 import mmap
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from svae_lib import memory
 from svae_lib.data import Split
 from svae_lib.errors import UserError
 
@@ -33,7 +36,7 @@ class Mapped(Split):
     r"""A split whose images lie in a file. Rows are read when they are drawn, and their memory is given back at once.
 
     On the CPU nothing is ever copied as a whole. Any other device gets all images of the split, or `to` raises
-    UserError if they do not fit.
+    UserError if they do not fit. For training they may take half of its memory, else batches are sent (`Streamed`).
     """
 
     file: mmap.mmap
@@ -58,10 +61,55 @@ class Mapped(Split):
             self._advise("MADV_DONTNEED")
         return Split(images, self.labels.to(device))
 
+    def near(self, device: torch.device) -> Split:
+        if device.type == "cpu" or self.images.nbytes < memory.available(device) / 2:
+            return self.to(device)
+        return Streamed(self.images, self.labels, self, device)
+
     def _advise(self, advice: str) -> None:
         """Tell the system how the file is read, and when this process is done with what it has read."""
         if hasattr(mmap, advice):
             self.file.madvise(getattr(mmap, advice))
+
+
+@dataclass(frozen=True)
+class Streamed(Split):
+    r"""A split that its device has no room for: a thread reads and sends the next batch while the last is worked on.
+
+    Rows are drawn on the CPU, one batch ahead: a resumed run skips the batch that was waiting.
+    """
+
+    mapped: Mapped
+    device: torch.device
+    waiting: dict[int, Future] = field(default_factory=dict)  # by the number of images
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+
+    def draw(self, count: int) -> Tensor:
+        batch = self.waiting.pop(count, None) or self._order(count)
+        self.waiting[count] = self._order(count)
+        images, sent = batch.result()
+        if sent is not None:
+            here = torch.cuda.current_stream(self.device)
+            here.wait_event(sent)
+            images.record_stream(here)  # its memory must not be given away before this stream has read it
+        return images
+
+    def _order(self, count: int) -> Future:
+        return self.thread.submit(self._send, torch.randint(len(self), (count,)))
+
+    def _send(self, rows: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        images = self.mapped.take(rows)
+        if self.device.type != "cuda":
+            return images.to(self.device), None
+        with torch.cuda.stream(_sender(self.device)):
+            images = images.pin_memory().to(self.device, non_blocking=True)
+            return images, torch.cuda.current_stream(self.device).record_event()
+
+
+@cache
+def _sender(device: torch.device) -> torch.cuda.Stream:
+    """The stream of copies, which go on beside the work of other streams."""
+    return torch.cuda.Stream(device)
 
 
 # Reading ----------------------------------------------------------------------------------

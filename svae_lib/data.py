@@ -59,8 +59,16 @@ class Split:
         r"""The images of these rows."""
         return self.images[rows]
 
+    def draw(self, count: int) -> Tensor:
+        r"""`count` random images, with replacement."""
+        return self.take(torch.randint(len(self), (count,), device=self.images.device))
+
     def to(self, device: torch.device) -> Split:
         return Split(self.images.to(device), self.labels.to(device))
+
+    def near(self, device: torch.device) -> Split:
+        r"""The split as batches are drawn from it, on a device that need not hold all of it."""
+        return self.to(device)
 
 
 @dataclass(frozen=True)

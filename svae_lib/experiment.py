@@ -179,7 +179,7 @@ def prepare_together(experiments: Sequence[Experiment], dataset: data.Dataset, d
     model = made[0] if len(made) == 1 else _stacked(made, experiments, method)
     for net in (model.players, *model.critics):
         net.to(device, memory_format=torch.channels_last)
-    split, held_out = dataset.train.to(device), dataset.validation.to(device)
+    split, held_out = dataset.train.near(device), dataset.validation.to(device)
     make = SharedTrainer if distributed.count() > 1 else Trainer
     return make(model, method, first.training, split, held_out, first.seed, identity, len(made))
 

@@ -66,8 +66,9 @@ class Trainer:
 
     Initial weights are the caller's; `seed` starts the stream of batches and noise. The whole state is
     one dictionary: a run that was stopped and resumed ends in the same bits as one that was not.
-    Everything lives on the device of `data`. `identity` names the experiment in its checkpoints. `runs` > 1 says
-    that the nets are stacked (`svae_lib.ensembles`): the batch is for each of them, the diagnostics for all together.
+    Everything lives on the device of the nets, and so do the images unless there are too many. `identity` names the
+    experiment in its checkpoints. `runs` > 1 says that the nets are stacked (`svae_lib.ensembles`): the batch is for
+    each of them, the diagnostics for all together.
     """
 
     alone = True  # no other process takes part in an update
@@ -85,11 +86,12 @@ class Trainer:
     ) -> None:
         self.model, self.method, self.training = model, method, training
         self.data, self.held_out, self.seed, self.runs = data, held_out, seed, runs
-        self.device = data.images.device
+        self.device = next(model.decoder.parameters()).device
         self.identity, self.done, self.seconds = identity, 0, 0.0
         self.writes = True  # checkpoints and progress; of several processes only the first does
         self.history: list[dict[str, float]] = []
-        self.replays = self.alone and devices.replays(training.engine, self.device)
+        resident = data.images.device == self.device  # a graph cannot fetch what is elsewhere
+        self.replays = self.alone and resident and devices.replays(training.engine, self.device)
         self.players, self.critics = model.players, torch.nn.ModuleList(model.critics)
         self.player_optimiser = self._adam(self.players, training.lr)
         self.critic_optimiser = self._adam(self.critics, training.critic_lr) if model.critics else None
@@ -157,9 +159,9 @@ class Trainer:
     def draw(self, split: Split, parts: int = 1) -> Draws:
         r"""A batch of data and of prior codes, or one of its `parts`; both joints follow when asked for."""
         size = self.samples // parts
-        rows = torch.randint(len(split), (size,), device=self.device)
+        images = split.draw(size)
         z_p = torch.randn(size, self.model.z_dim, device=self.device)
-        return Draws(self.model, self.model.axis.draw(split.take(rows)), z_p, self.training.weight, runs=self.runs)
+        return Draws(self.model, self.model.axis.draw(images), z_p, self.training.weight, runs=self.runs)
 
     def critic_step(self, draws: Draws) -> None:
         r"""ψ climbs g(ψ) with (θ, φ) fixed: the gradient stops at the draws (S10)."""

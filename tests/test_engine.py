@@ -222,7 +222,7 @@ def test_updates_are_eager_then_captured_then_replayed(monkeypatch, capsys, wait
         graph()
     fast = ["capture", "alternate", "replay", "replay", "replay"]
     assert pretended.said == ["alternate"] * 3 + (["alternate"] * 3 if waits else fast)
-    assert capsys.readouterr().err.startswith("no CUDA graph: an update waits for the host at 1 places" if waits else "")
+    assert ("no CUDA graph: an update waits for the host" in capsys.readouterr().err) == waits
 
 
 @pytest.fixture

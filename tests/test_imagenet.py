@@ -327,6 +327,37 @@ def test_another_device_gets_all_of_it_or_says_that_it_cannot(archives, monkeypa
         train.to(torch.device("meta"))
 
 
+def test_images_that_are_too_many_for_a_device_are_sent_batch_by_batch(archives, monkeypatch):
+    data.fetch("imagenet64")
+    train = data.load("imagenet64").train
+    meta = torch.device("meta")
+    assert train.near(CPU) is train
+    monkeypatch.setattr(arrays.memory, "available", lambda device: 3 * train.images.nbytes)
+    assert type(train.near(meta)) is data.Split
+    monkeypatch.setattr(arrays.memory, "available", lambda device: train.images.nbytes)
+    streamed = train.near(meta)
+    assert streamed.draw(5).shape == (5, *imagenet.SHAPE) and streamed.draw(5).device == meta
+    here = arrays.Streamed(train.images, train.labels, train, CPU)
+    torch.manual_seed(0)
+    batches = [here.draw(4), here.draw(4), here.draw(3)]
+    torch.manual_seed(0)
+    rows = [torch.randint(len(train), (size,)) for size in (4, 4, 4, 3)]  # one of four waits
+    for batch, expected in zip(batches, (rows[0], rows[1], rows[3]), strict=True):
+        assert torch.equal(batch, train.images[expected])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_batches_sent_to_cuda_arrive_whole(archives):
+    data.fetch("imagenet64")
+    train, cuda = data.load("imagenet64").train, torch.device("cuda")
+    streamed = arrays.Streamed(train.images, train.labels, train, cuda)
+    torch.manual_seed(0)
+    batches = [streamed.draw(16) for _ in range(50)]
+    torch.manual_seed(0)
+    for batch in batches:
+        assert torch.equal(batch.cpu(), train.images[torch.randint(len(train), (16,))])
+
+
 def resident():
     """Memory of this process, in MB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE / 1e6
