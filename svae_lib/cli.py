@@ -232,7 +232,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("dataset", help=DATASETS)
     run.add_argument("method", help="a name from `svae methods`")
     run.add_argument("--profile", default="quick", help="quick (seconds), cpu (minutes to an hour) or paper (a GPU)")
-    run.add_argument("--setting", default="literal", help="literal (as the appendix prints), stabilised, authors")
+    settings = "literal (as the appendix prints) or stabilised; of natural images also authors or beyond"
+    run.add_argument("--setting", default="literal", help=settings)
     run.add_argument("--seed", type=seeds, default=[0], help="weights, batches and noise: 3, or 0-9 (default 0)")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one hyperparameter")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")

@@ -71,6 +71,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 SETTINGS["natural"] = SETTINGS["images"] | {  # and the program that the authors of paper S published
+    "beyond": SETTINGS["images"]["stabilised"] | {"architecture": "beyond", "z_dim": 1_024, "norm": "group"},
     "authors": {"architecture": "authors", "z_dim": 256, "critic_dropout": 0.0, "beta1": 0.5, "weight": 1.0},
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from svae_lib import flows, natural, nets
+from svae_lib import beyond, flows, natural, nets
 from svae_lib.augment import Augmented
 from svae_lib.autoregressive import PixelCNN, PixelRNN
 from svae_lib.data import Axis, Cells, Grey
@@ -27,8 +27,8 @@ DECODERS = ("gaussian", "point", *PIXEL_BY_PIXEL)
 class Nets:
     r"""Sizes and switches of the nets; the defaults are the literal reading of A.1."""
 
-    architecture: str = "a1"  # of images: a1, a2, a3 of the appendix, the authors' own, or dcgan with `channels`
-    channels: int = 64  # of the largest feature maps of dcgan; they double when the sides halve
+    architecture: str = "a1"  # of images: a1, a2, a3 of the appendix, authors, or with `channels` dcgan and beyond
+    channels: int = 64  # of the largest feature maps of dcgan and beyond; they double when the sides halve
     z_dim: int = 64
     hidden: int = 128  # width of every "MLP": unstated
     depth: int = 2  # hidden layers of the nets of points, and of the pixel models
@@ -123,7 +123,7 @@ class _Family(NamedTuple):
     critic_features: Callable[[str, float], tuple[nn.Module, int]]  # norm, dropout
     encoder: Callable[[], nn.Module] | None = None  # if it is not made of `features`
     code_features: Callable[[], tuple[nn.Module, int]] | None = None  # if they are not an MLP
-    linear: tuple[str, ...] = ()  # kinds of critics that are linear in their features
+    joint: Callable[[str, int], nn.Module | None] = lambda kind, width: None  # of a critic, if it is not an MLP
 
 
 def _a1(sizes: Nets, shape: tuple[int, int, int]) -> _Family:
@@ -143,7 +143,7 @@ def _dcgan(sizes: Nets, shape: tuple[int, int, int]) -> _Family:
         features,
         lambda z_dim: nets.DCGANDecoder(shape, z_dim, sizes.channels, sizes.norm),
         lambda norm, dropout: nets.dcgan_features(shape, sizes.channels, norm, dropout),
-        linear=("x",),  # as published
+        joint=lambda kind, width: nn.Linear(width, sizes.critic_outputs) if kind == "x" else None,  # as published
     )
 
 
@@ -172,11 +172,34 @@ def _authors(sizes: Nets, shape: tuple[int, int, int]) -> _Family:
         lambda norm, dropout: natural.authors_critic_features(shape, norm, dropout),
         lambda: natural.AuthorsEncoder(shape, sizes.z_dim, sizes.norm),
         lambda: natural.authors_code_features(sizes.z_dim),
-        linear=("x", "xz", "xx"),
+        lambda kind, width: nn.Linear(width, sizes.critic_outputs),
     )
 
 
-FAMILIES = {"a1": _a1, "dcgan": _dcgan, "a2": _appendix, "a3": _appendix, "authors": _authors}
+def _beyond(sizes: Nets, shape: tuple[int, int, int]) -> _Family:
+    if sizes.encoder != "gaussian":
+        raise UserError(f"the nets of architecture=beyond have no {sizes.encoder} encoder; use another --setting")
+    channels, places = sizes.channels, beyond.SIDE**2
+
+    def features(norm: str, dropout: float) -> tuple[nn.Module, int]:
+        of_x, width = beyond.features(shape, channels, norm, dropout)
+        return of_x, width * places
+
+    def joint(kind: str, width: int) -> nn.Module:
+        return beyond.joint(width // places, sizes.critic_norm, sizes.critic_dropout, sizes.critic_outputs)
+
+    noise = sizes.decoder != "point"
+    return _Family(
+        lambda hidden, norm, dropout: features(norm, dropout),
+        lambda z_dim: beyond.Decoder(shape, z_dim, channels, sizes.norm, sizes.dropout, noise),
+        features,
+        lambda: beyond.Encoder(shape, sizes.z_dim, channels, sizes.norm, sizes.dropout),
+        lambda: (nn.Identity(), sizes.z_dim),
+        joint,
+    )
+
+
+FAMILIES = {"a1": _a1, "dcgan": _dcgan, "a2": _appendix, "a3": _appendix, "authors": _authors, "beyond": _beyond}
 
 
 def _image_nets(sizes: Nets, shape: tuple[int, ...]) -> tuple[Callable[..., nn.Module], ...]:
@@ -210,9 +233,8 @@ def _image_nets(sizes: Nets, shape: tuple[int, ...]) -> tuple[Callable[..., nn.M
             else:
                 parts.append(nets.mlp(sizes.z_dim, features := hidden, 1, dropout=dropout))
             width += features
-        if kind in family.linear:
-            return nets.Critic(parts, nn.Linear(width, sizes.critic_outputs))
-        return nets.Critic(parts, _scores(nets.mlp(width, hidden, 1, dropout=dropout), sizes))
+        joint = family.joint(kind, width)
+        return nets.Critic(parts, joint or _scores(nets.mlp(width, hidden, 1, dropout=dropout), sizes))
 
     return encoder, decoder, critic
 

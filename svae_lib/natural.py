@@ -38,7 +38,7 @@ class Appendix(NamedTuple):
 
 APPENDICES = {"a2": Appendix((16, 32, 64), 2), "a3": Appendix((32, 64, 128, 256), 3)}
 
-ARCHITECTURES = (*APPENDICES, "authors")
+ARCHITECTURES = (*APPENDICES, "authors", "beyond")
 
 
 def encoder_features(
@@ -56,6 +56,11 @@ def encoder_features(
         inputs = outputs
     layers.append(conv(inputs, inputs, norm, dropout))  # the last stage has one more
     return nn.Sequential(*layers, nn.Flatten()), inputs * height * width
+
+
+def pixels(mean: Tensor, log_var: Tensor) -> DiagonalGaussian:
+    r"""p_θ(x|z) of what two heads say: μ in (0, 1) by a sigmoid, log σ² > LOG_VAR_FLOOR by a softplus."""
+    return DiagonalGaussian(mean.sigmoid(), LOG_VAR_FLOOR + F.softplus(log_var - LOG_VAR_FLOOR))
 
 
 class Decoder(nn.Module):
@@ -92,11 +97,10 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> DiagonalGaussian | Point:
         features = self.body(z)
-        mean = self.mean(features).to(self.mean[-1].weight.dtype).sigmoid()
+        mean = self.mean(features).to(self.mean[-1].weight.dtype)
         if self.log_var is None:
-            return Point(mean)
-        log_var = self.log_var(features).to(mean.dtype)
-        return DiagonalGaussian(mean, LOG_VAR_FLOOR + F.softplus(log_var - LOG_VAR_FLOOR))
+            return Point(mean.sigmoid())
+        return pixels(mean, self.log_var(features).to(mean.dtype))
 
 
 def critic_features(

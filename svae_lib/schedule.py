@@ -63,6 +63,7 @@ GRID: tuple[Block, ...] = (
     ),
     Block(("mnist", "cifar10"), OTHERS),
     Block(("mnist", "cifar10"), ("pixelcnn", "pixelrnn")),  # hours each
+    Block(("cifar10",), ("vae", "svae-r", "svae-elbo"), ("beyond",)),  # likewise
 )
 
 

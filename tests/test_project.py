@@ -144,14 +144,16 @@ def test_the_register_of_ambiguities_states_the_defaults_that_are_used():
     from svae_lib.experiment import SETTINGS, Experiment
 
     settings_of, *_ = (ROOT / "book" / "ambiguities.md").read_text().partition("## Evaluation")
-    texts = re.split(r"^## (?:Stabilised|Points|Natural images .*|The authors' program)$", settings_of, flags=re.M)
+    titles = r"^## (?:Stabilised|Points|Natural images .*|The authors' program|Beyond)$"
+    texts = re.split(titles, settings_of, flags=re.M)
     literal = [Experiment.make(dataset, "svae", "paper", "literal").flat() for dataset in ("mnist", "cifar10")]
     stabilised = SETTINGS["images"]["stabilised"], SETTINGS["points"]["stabilised"]
-    expected = literal[0], *stabilised, literal[1], SETTINGS["natural"]["authors"]
+    beyond = SETTINGS["natural"]["beyond"]
+    expected = literal[0], *stabilised, literal[1], SETTINGS["natural"]["authors"], beyond
     for text, used in zip(texts, expected, strict=True):
         stated = {name: ast.literal_eval(value) for name, value in re.findall(r"`(\w+) = ([^`]+)`", text)}
         assert stated and stated == {name: used[name] for name in stated}
-        assert used in literal or set(stated) == set(used)
+        assert used in (*literal, beyond) or set(stated) == set(used)
 
 
 def test_the_page_of_proofs_shows_every_proof():
