@@ -22,6 +22,7 @@ from svae_lib.draws import Draws, Method, Model, mean_squared_slope
 from svae_lib.engine import Average, Graph
 from svae_lib.errors import UserError
 from svae_lib.ipm import clip_weights
+from svae_lib.stopping import EarlyStop, cycle_loss
 
 CHECKPOINT_SECONDS = 60  # how much work an interruption may cost
 
@@ -44,6 +45,7 @@ class Training:
     ema: float = 0.0  # decay of the averaged players that are evaluated; 0: the last ones
     precision: str = "fp32"  # or tf32, or bf16 by autocast; in training, never in evaluation
     log_every: int = 100
+    patience: int = 0  # logs without a better reconstruction of validation data, then stop (A §5); 0: never
     engine: str = "auto"  # or eager; no part of the experiment, for it changes nothing but rounding
 
     def __post_init__(self) -> None:
@@ -96,6 +98,9 @@ class Trainer:
         self.player_optimiser = self._adam(self.players, training.lr)
         self.critic_optimiser = self._adam(self.critics, training.critic_lr) if model.critics else None
         self.average = Average(self.players) if training.ema else None
+        self.stop = EarlyStop(training.patience) if training.patience else None
+        if self.stop and (runs > 1 or not method.codes):
+            raise UserError("patience looks at the codes of one run; set patience=0 for several, or for a GAN")
         self.share = self._number(1.0)  # of the new weights in the average
         self._start_engine()
 
@@ -207,7 +212,7 @@ class Trainer:
         self._set_mode(True)
         start = saved = time.perf_counter()
         with self._progress() as bar:
-            while self.done < self.training.updates:
+            while self.done < self.training.updates and not (self.stop and self.stop.over):
                 self._update_or_say_what_fits()
                 bar.update(self.samples)
                 logs = self.done % self.training.log_every == 0 or self.done == self.training.updates
@@ -218,6 +223,8 @@ class Trainer:
                     self.seconds, start = self.seconds + now - start, now
                 if logs:
                     self.history.append(self.diagnose())
+                    if self.stop:
+                        self.stop.look(self.history[-1]["cycle"], self.evaluated_players())
                     if on_log is not None:
                         on_log(self.history[-1] | self._pace())
                     self._set_mode(True)  # whoever reads the log may evaluate
@@ -226,6 +233,8 @@ class Trainer:
                     write_checkpoint(self.state(), checkpoint)
         if checkpoint is not None and self.writes:
             write_checkpoint(self.state(), checkpoint)
+        if self.stop:
+            self.evaluated_players().load_state_dict(self.stop.best)
 
     @property
     def _unit(self) -> str:
@@ -282,6 +291,9 @@ class Trainer:
                 draws = self.draw(self.held_out)
             row = {"update": self.done, "seconds": round(self.seconds, 2)}
             row |= diagnostics.of_players(self.method, draws) | diagnostics.of_critics(self.method, draws)
+            if self.stop:
+                losses = [cycle_loss(self.draw(self.held_out)) for _ in range(EarlyStop.BATCHES)]
+                row["cycle"] = sum(losses) / len(losses)
         finite = {name: value for name, value in row.items() if math.isfinite(value)}
         if self.runs > 1:  # one of them may have diverged; its own numbers will say so
             return finite
@@ -297,6 +309,8 @@ class Trainer:
             parts |= {"critics": self.critics, "critic_optimiser": self.critic_optimiser}
         if self.average is not None:
             parts["average"] = self.average
+        if self.stop is not None:
+            parts["stop"] = self.stop
         return parts
 
     def state(self) -> dict:
