@@ -229,3 +229,24 @@ def test_every_method_trains_on_natural_images(corners, method, setting):
     assert trainer.history[-1]["update"] == 2
     x = trainer.draw(corners.train).x
     assert ((255 * x).frac().abs().max() < 1e-3) == (trainer.model.axis is Grey)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="natural images on a graphics card need a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("setting", list(experiment.SETTINGS["natural"]))
+def test_natural_images_on_a_graphics_card(corners, setting, precision):
+    """Whole updates are captured as a graph, and what is measured there is what the CPU measures."""
+    device = experiment.choose_device("cuda")
+    made = Experiment.make("patches32", "svae-r", setting=setting, **SMALL | {"updates": 8, "precision": precision})
+    trainer = experiment.prepare(made, corners, device)
+    trainer.fit()
+    assert trainer.engine == "graph" and trainer.done == 8
+    if setting == "authors":
+        return
+    found = []
+    for where in (device, CPU):
+        players = trainer.evaluated_players().to(where)
+        density = players["decoder"](torch.zeros(16, made.nets.z_dim, device=where))
+        model = metrics.OnLevels(metrics.DiscretisedGaussian.on_levels(density, open_edges=True))
+        found.append(model.log_prob(Cells.see(corners.test.images.to(where))).cpu())
+    assert_close(*found, rtol=1e-3, atol=1.0)

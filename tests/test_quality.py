@@ -151,7 +151,7 @@ def test_training_resumes_in_the_same_bits(small, tmp_path):
         assert torch.equal(a, b)
 
 
-def test_the_command_trains_once_keeps_a_small_file_and_reports(small, tmp_path, capsys):
+def test_the_command_trains_once_keeps_a_small_file_and_reports(small, tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match="no classifier of cifar10 yet; run `svae classifier cifar10`"):
         classifier.load_classifier(small, CPU)
     command = ["classifier", "cifar10", "--device", "cpu", "--results", str(tmp_path)]
@@ -167,6 +167,10 @@ def test_the_command_trains_once_keeps_a_small_file_and_reports(small, tmp_path,
     assert cli.main(command) == 0 and kept.stat().st_mtime_ns == written
     assert capsys.readouterr().out.count("test_accuracy") == 2
     assert classifier.accuracy(classifier.load_classifier(small, CPU), small.test) == 1.0
+    monkeypatch.setattr(records, "results_folder", lambda: tmp_path)
+    real = evaluation.real_data(small, CPU)
+    assert real.pop("classifier_accuracy") == 1.0
+    assert real == {key: report["metrics"][f"test_{key}"] for key in ("score", "fcd", "kcd")}
 
 
 def test_a_record_of_natural_images_has_score_and_distances(small):
@@ -194,3 +198,12 @@ def test_crops_and_flips_show_the_same_image():
     assert {27.0, 28.0, 35.0, 36.0} <= set(centre.tolist())
     rises = (seen[:, 0, 4, 5] > centre).float().mean()
     assert 0.4 < rises < 0.6  # half are flipped
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a classifier on a graphics card needs a CUDA device")
+def test_a_classifier_on_a_graphics_card_learns_and_measures_as_on_the_cpu(small):
+    device = torch.device("cuda")
+    net = classifier.train_classifier(small, device)
+    assert classifier.accuracy(net, small.test.to(device)) == 1.0
+    on_card = quality.features(net, small.test.images.to(device))
+    assert_close(quality.features(net.cpu(), small.test.images), on_card, rtol=1e-2, atol=1e-2)
