@@ -29,7 +29,8 @@ def largest_batch(attempt: Callable[[int], None], failed: int, device: torch.dev
     r"""About the largest batch below `failed` that `attempt(batch)` has memory for; 0 if there is none.
 
     Memory is a fixed part and a part for each sample. Both are measured with a 64th and a 32nd of the batch that
-    failed, or with smaller ones if these fail too.
+    failed, or with smaller ones if these fail too. More than half of it is never promised: there may be a limit that
+    the system does not tell.
     """
     small = failed
     while small := small // 64:
@@ -41,7 +42,7 @@ def largest_batch(attempt: Callable[[int], None], failed: int, device: torch.dev
             continue
         per_sample = max((more - less) / small, 1)
         room = USABLE * available(device) - more
-        return min(2 * small + max(0, int(room / per_sample)), failed - 1)
+        return min(2 * small + max(0, int(room / per_sample)), failed // 2)
     return 0
 
 

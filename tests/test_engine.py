@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from svae_lib import data, engine, experiment, memory, train
+from svae_lib import cli, data, engine, experiment, memory, train
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
 from svae_lib.methods import METHODS
@@ -145,6 +145,21 @@ def test_out_of_memory_says_which_batch_would_fit(monkeypatch, error):
     with pytest.raises(UserError, match="a batch of 1280 does not fit .* about 450 would: set batch=450"):
         t.fit()
     assert tried == [1280, 20, 40] and t.training.batch == 1280
+
+
+def test_what_a_log_and_a_bar_show(capsys, monkeypatch):
+    rows = []
+    t = trainer("ring8", "vae", updates=4, log_every=2)
+    t.fit(on_log=rows.append)
+    for row, kept in zip(rows, t.history, strict=True):
+        seconds = 8 * row["update"] / row["points/s"]
+        assert row["minutes left"] == pytest.approx((4 - row["update"]) / row["update"] * seconds / 60)
+        assert row.items() >= kept.items() and "points/s" not in kept
+        cli.print_row(row)
+    assert "points/s" in (shown := capsys.readouterr().out) and "minutes left 0" in shown
+    monkeypatch.setattr(train, "tqdm", lambda **choices: choices)
+    bar = trainer("digits", "vae", updates=4, log_every=2)._progress()
+    assert (bar["total"], bar["unit"]) == (32, " images")
 
 
 def test_other_errors_are_not_taken_for_it():
