@@ -88,7 +88,7 @@ class Trainer:
     ) -> None:
         self.model, self.method, self.training = model, method, training
         self.data, self.held_out, self.seed, self.runs = data, held_out, seed, runs
-        self.device = next(model.decoder.parameters()).device
+        self.device = next(model.players.parameters()).device
         self.identity, self.done, self.seconds = identity, 0, 0.0
         self.writes = True  # checkpoints and progress; of several processes only the first does
         self.history: list[dict[str, float]] = []
