@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from svae_lib import data
+from svae_lib.checkpoints import read_checkpoint, write_checkpoint
 from svae_lib.errors import UserError
 from svae_lib.records import results_folder
-from svae_lib.train import read_checkpoint, write_checkpoint
 
 EPOCHS = {"mnist": 6, "digits": 60, "cifar10": 30, "tiny_imagenet": 30, "imagenet64": 3}
 COSTLY = ("cifar10", "tiny_imagenet", "imagenet64")  # too costly to be trained unasked

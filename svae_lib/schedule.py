@@ -25,10 +25,10 @@ from typing import Any
 import torch
 
 from svae_lib import data, experiment, records
+from svae_lib.checkpoints import read_checkpoint
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
 from svae_lib.models import Nets
-from svae_lib.train import read_checkpoint
 
 LITERAL, STABILISED = "literal", "stabilised"
 OWN = ("vae", "svae", "svae-r", "svae-exact", "svae-elbo", "as-vae", "as-vae-r", "as-vae-g")

@@ -3,7 +3,6 @@ r"""The one alternating update, and the loop around it: checkpoint, resume, EMA,
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from svae_lib import device as devices
 from svae_lib import diagnostics, memory
+from svae_lib.checkpoints import read_checkpoint, write_checkpoint
 from svae_lib.data import Split
 from svae_lib.draws import Draws, Method, Model, mean_squared_slope
 from svae_lib.engine import Average, Graph
@@ -263,7 +263,8 @@ class Trainer:
         except RuntimeError as error:
             if not (self.alone and memory.ran_out(error)):
                 raise
-        # out here, where the failed update holds no memory any more
+        # out here, where the failed update holds no memory any more, and its graph neither
+        self._start_engine()
         raise UserError(memory.advice(self._try, self.training.batch, self.device))
 
     def _try(self, batch: int) -> None:
@@ -345,19 +346,3 @@ class Trainer:
 
 def _put(old: float | Tensor, value: float) -> float | Tensor:
     return old.fill_(value) if isinstance(old, Tensor) else value
-
-
-def write_checkpoint(state: dict, path: Path) -> None:
-    r"""Write `state` to `path` so that the file is always whole: the old one, or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    torch.save(state, new)
-    os.replace(new, path)
-
-
-def read_checkpoint(path: Path) -> dict:
-    r"""The state in `path`, on the CPU. Raises UserError if the file is not a checkpoint."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises many kinds here, all meaning the same
-        raise UserError(f"{path} is not a readable checkpoint; delete it to start afresh") from None
