@@ -40,7 +40,7 @@ def evaluate(
 
 @torch.no_grad()
 def _points(players: nn.ModuleDict, x: Tensor, target: Mixture, z_dim: int, how: Evaluation) -> Metrics:
-    draws = players["decoder"](torch.randn(how.score_samples, z_dim, device=x.device)).rsample()
+    draws = players["decoder"](torch.randn(how.score_samples, z_dim, device=x.device)).rsample().cpu()  # as the target
     values = metrics.coverage(target, draws)
     values["score"] = metrics.classifier_score(target.log_posterior, draws)
     if "encoder" in players:
@@ -89,10 +89,10 @@ def _score(dataset: Dataset, device: torch.device, images: Tensor) -> Metrics:
 
 def real_data(dataset: Dataset, device: torch.device) -> dict[str, Any]:
     r"""The row that every score is judged by: the same measure on the real test data."""
-    images = dataset.test.to(device).images
     if dataset.name in MIXTURES:
-        target = MIXTURES[dataset.name]
-        return metrics.coverage(target, images) | {"score": metrics.classifier_score(target.log_posterior, images)}
+        target, points = MIXTURES[dataset.name], dataset.test.images
+        return metrics.coverage(target, points) | {"score": metrics.classifier_score(target.log_posterior, points)}
+    images = dataset.test.to(device).images
     report = records.read_report(f"classifier-{dataset.name}")
     if report is not None:  # measured once, with the classifier
         values = {k.removeprefix("test_"): v for k, v in report["metrics"].items() if k.startswith("test_")}

@@ -234,10 +234,10 @@ def coverage(mixture: Mixture, x: Tensor) -> dict[str, Metric]:
     mode_kl: KL(h ‖ uniform) in nats, h the fractions of *all* draws nearest to each centre ("reverse KL", PacGAN).
     Sources: Srivastava et al. 2017 (VEEGAN), Lin et al. 2018 (PacGAN).
     """
-    distance, nearest = torch.cdist(x, mixture.centres.to(x.device)).min(1)
+    distance, nearest = torch.cdist(x, mixture.centres).min(1)
     good = distance <= 3 * mixture.std
     count = len(mixture.centres)
-    share = torch.bincount(nearest.cpu(), minlength=count).double() / len(x)
+    share = torch.bincount(nearest, minlength=count).double() / len(x)
     exact = {"se": 0.0, "n": len(x)}
     return {
         "modes": {"value": float(len(nearest[good].unique())), **exact},

@@ -33,7 +33,7 @@ class Mixture:
 
     def log_components(self, x: Tensor) -> Tensor:
         r"""log [(1/K) N(x; c_k, σ² I)] for each k; (B, d) -> (B, K), in nats."""
-        square = (x[:, None] - self.centres.to(x.device)).square().sum(-1) / self.std**2
+        square = (x[:, None] - self.centres).square().sum(-1) / self.std**2
         dim = self.centres.shape[1]
         return -0.5 * square - dim * (math.log(self.std) + 0.5 * math.log(2 * math.pi)) - math.log(len(self.centres))
 

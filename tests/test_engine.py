@@ -316,3 +316,10 @@ def test_tf32_rounds_in_training_only(cuda):
     rounded.fit()
     assert not all(torch.equal(a, b) for a, b in zip(weights(exact), weights(rounded), strict=True))
     assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+
+
+@on_cuda
+def test_a_run_on_points_is_trained_and_evaluated(cuda, tmp_path):
+    made = [Experiment.make("ring8", "svae-exact", seed=seed, updates=10, log_every=5) for seed in range(2)]
+    for record in experiment.run_together(made, "cuda", tmp_path):
+        assert record["status"] == "done" and record["engine"] == "graph" and "l2" in record["metrics"]
