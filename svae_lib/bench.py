@@ -159,7 +159,7 @@ def loader(bench: Bench) -> Iterator[Row]:
 
 def sampling(bench: Bench) -> Iterator[Row]:
     r"""Milliseconds per drawn image, one by one and a thousand at a time (of large nets on a CPU: ten)."""
-    for cost in costs.all_costs("vae"):
+    for cost in costs.all_costs("svae-r"):
         decoder = engine(bench, cost.experiment, 64).model.decoder.eval()
         heavy = sum(op.flops for op in cost.image) > 1e8
         for count in (1, 10 if heavy and bench.device.type == "cpu" else 1_000):

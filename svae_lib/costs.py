@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -23,8 +23,8 @@ from torch.utils.flop_counter import flop_registry
 from svae_lib import methods
 from svae_lib.data import Split
 from svae_lib.errors import UserError
-from svae_lib.experiment import Experiment
-from svae_lib.models import ARCHITECTURES, build_model
+from svae_lib.experiment import SETTINGS, Experiment
+from svae_lib.models import ARCHITECTURES, PIXEL_BY_PIXEL, build_model
 from svae_lib.train import Trainer
 
 # The data sets of the papers: shape of an image, and images in the published training set.
@@ -104,18 +104,28 @@ def hollow(experiment: Experiment, shape: tuple[int, ...]) -> Iterator[Trainer]:
     Raises UserError if the nets do not exist for data of this shape.
     """
     method = methods.METHODS[experiment.method]
-    with FakeTensorMode(), torch.random.fork_rng([]):
+    training = replace(experiment.training, ema=0.0)  # a net without content cannot be copied; `cost` adds the average
+    with torch.random.fork_rng([]), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with unset_fake_temporarily():  # some nets look at numbers while they are made
+            model = build_model(experiment.nets, method, shape, experiment.seed)
+        for net in (model.players, *model.critics):
+            _empty(net, mode)
         dtype = torch.uint8 if len(shape) == 3 else torch.float32
-        split = Split(torch.empty(experiment.training.batch, *shape, dtype=dtype), torch.empty(1, dtype=torch.long))
-        model = build_model(experiment.nets, method, shape, experiment.seed)
-        trainer = Trainer(model, method, experiment.training, split, split, experiment.seed)
+        split = Split(torch.empty(training.batch, *shape, dtype=dtype), torch.empty(1, dtype=torch.long))
+        trainer = Trainer(model, method, training, split, split, experiment.seed)
         trainer.update()
         yield trainer
 
 
+def _empty(net: nn.Module, mode: FakeTensorMode) -> None:
+    for module in net.modules():
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({name: mode.from_tensor(t) for name, t in tensors.items() if t is not None})
+
+
 @dataclass(frozen=True)
 class Cost:
-    r"""What one update of a method costs, and one image that the decoder makes."""
+    r"""What one update of a method costs, and one image that the decoder makes, unless it goes pixel by pixel."""
 
     dataset: str
     experiment: Experiment
@@ -148,22 +158,35 @@ def cost(experiment: Experiment, shape: tuple[int, ...]) -> Cost:
     with hollow(experiment, shape) as trainer:
         trained = [*trainer.model.players.parameters(), *trainer.critics.parameters()]
         update = count(trainer.update)
+        if experiment.training.ema:
+            update += count(lambda: _average(trainer.players))
         decoder = trainer.model.decoder.eval()
         with torch.no_grad():
             z = torch.empty(1, experiment.nets.z_dim)
-            image = count(lambda: decoder(z).mean)
+            image = [] if experiment.nets.decoder in PIXEL_BY_PIXEL else count(lambda: decoder(z).mean)
         parameters = sum(parameter.numel() for parameter in trained)
     return Cost(experiment.dataset, experiment, parameters, update, image)
 
 
+@torch.no_grad()
+def _average(net: nn.Module) -> None:
+    """One step of the exponential moving average of a net, but for the counters of BatchNorm."""
+    current = [tensor.detach() for tensor in net.state_dict().values() if tensor.is_floating_point()]
+    torch._foreach_lerp_([torch.empty_like(tensor) for tensor in current], current, 0.5)
+
+
 def all_costs(method: str, precision: str = "fp32", batch: int = 64) -> list[Cost]:
-    r"""The costs of a method with every architecture of the library on every data set of the papers it has nets for."""
+    r"""The costs of a method with every architecture of the library on every data set of the papers it has nets for.
+
+    An architecture that has a setting of its name is counted in that setting, others as the appendix prints them.
+    """
     found = []
     for architecture in ARCHITECTURES:
+        setting = architecture if architecture in SETTINGS["natural"] else "literal"
         for dataset in APPENDIX.get(architecture, SHAPES):
             changes = {"architecture": architecture, "precision": precision, "batch": batch}
-            with contextlib.suppress(UserError):  # no nets for such images
-                found.append(cost(Experiment.make(dataset, method, **changes), SHAPES[dataset]))
+            with contextlib.suppress(UserError):  # no nets for such images, or not for this method
+                found.append(cost(Experiment.make(dataset, method, setting=setting, **changes), SHAPES[dataset]))
     return found
 
 
@@ -214,8 +237,8 @@ def predict(operators: Sequence[Operator], machine: Machine) -> Prediction:
 
 
 # Peaks as their maker publishes them. The overhead is not among them: it is an assumption.
-PUBLISHED = (
-    Machine("NVIDIA H200", 67e12, 989e12, 4.8e12, 2e-6),
+PUBLISHED = (Machine("NVIDIA H200", 67e12, 989e12, 4.8e12, 2e-6),)
+PAPERS_CARDS = (  # "TITAN X" is one of these
     Machine("TITAN X (Maxwell, 2015)", 6.1e12, None, 336e9, 5e-6),
     Machine("TITAN X (Pascal, 2016)", 11e12, None, 480e9, 5e-6),
 )

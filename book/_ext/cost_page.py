@@ -5,6 +5,7 @@ Without a record a cell says "not run", and how to run it.
 """
 
 import functools
+import hashlib
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ import pandas as pd
 from docutils import nodes
 from method_pages import Directive
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 
-from svae_lib import bench, costs, records
+from svae_lib import bench, costs, records, schedule
 from svae_lib.costs import Cost, Machine
 from svae_lib.experiment import Experiment
 
@@ -39,15 +41,15 @@ def described(machine: Machine, measured: list[records.Record]) -> bool:
     return any(machine.name in record["machine"] for record in measured)
 
 
-def machines(folder: Path) -> list[tuple[Machine, str, records.Record | None]]:
-    r"""Every machine with a name for the page and its record; published ones, which have none, follow."""
+def machines(folder: Path, others: Sequence[Machine] = ()) -> list[tuple[Machine, str, records.Record | None]]:
+    r"""Every machine with a name for the page and its record; published ones, which have none, and others follow."""
     measured = bench_records(folder)
     found = [
         (machine, f"{record['machine']}; {machine.name}", record)
         for record in measured
         for machine in (Machine(**rates) for rates in record["machines"])
     ]
-    return found + [(m, m.name, None) for m in costs.PUBLISHED if not described(m, measured)]
+    return found + [(m, m.name, None) for m in (*costs.PUBLISHED, *others) if not described(m, measured)]
 
 
 def duration(seconds: float) -> str:
@@ -74,11 +76,12 @@ def called(cost: Cost) -> str:
 def nets_table() -> pd.DataFrame:
     r"""FLOPs and bytes of every net, for the VAE and for a method with a critic."""
     rows = []
-    for vae, symmetric in zip(counted("vae", "fp32"), counted(METHOD, "fp32"), strict=True):
+    vaes = {called(cost): f"{cost.flops / 1e6:,.0f}" for cost in counted("vae", "fp32")}
+    for symmetric in counted(METHOD, "fp32"):
         rows.append({
             "nets, data": called(symmetric),
             "parameters": f"{symmetric.parameters:,}",
-            "MFLOP, vae": f"{vae.flops / 1e6:,.0f}",
+            "MFLOP, vae": vaes.get(called(symmetric), "–"),
             f"MFLOP, {METHOD}": f"{symmetric.flops / 1e6:,.0f}",
             "MB": f"{symmetric.bytes / 1e6:.1f}",
             "FLOP/byte": f"{symmetric.intensity:.0f}",
@@ -91,7 +94,7 @@ def nets_table() -> pd.DataFrame:
 def machines_table(folder: Path) -> pd.DataFrame:
     r"""The four rates of every machine, and the intensity above which arithmetic binds."""
     rows = []
-    for machine, name, record in machines(folder):
+    for machine, name, record in machines(folder, costs.PAPERS_CARDS):
         source = "published peak; overhead assumed"
         if record is not None:
             source = f"measured {record['environment']['date']}, {record['effort']}, load {record['load'][0]}"
@@ -154,7 +157,7 @@ def papers_table(folder: Path) -> pd.DataFrame:
     printed = ("sVAE-r, paper", "4 h", "under 2 days", "10 ms"), ("PixelCNN++, paper", "44 h", "–", "52 s")
     rows = [dict(zip(heads, (what, "one TITAN X", *rest, rest[0]), strict=True)) for what, *rest in printed]
     for batch in (64, 256):
-        for machine, name, record in machines(folder):
+        for machine, name, record in machines(folder, costs.PAPERS_CARDS):
             cost, prediction = fastest(of_imagenet(batch), machine)
             epoch = costs.IMAGES["imagenet64"] / batch * prediction.seconds
             cells = (f"{METHOD}, {cost.experiment.nets.architecture}, batch {batch}", name)
@@ -174,14 +177,13 @@ def of_imagenet(batch: int) -> list[Cost]:
 
 
 def runs_table(folder: Path, dataset: str = "mnist") -> pd.DataFrame:
-    r"""Seconds per update in the run records, beside the prediction for the machine that the record names."""
+    r"""Seconds per update of the papers' own methods, beside the prediction for the machine that a record names."""
     known = {machine.name: machine for machine, _, record in machines(folder) if record is not None}
     groups: dict[tuple[str, str, str], list[records.Record]] = {}
     for record in records.read_all(dataset, folder):
-        e, changes = record["experiment"], record["changes"]
-        setting = " ".join([e["setting"], *(f"{key}={value}" for key, value in changes.items())])
-        if record["status"] == "done" and "together" not in record:
-            groups.setdefault((e["method"], setting, record["environment"]["device"]), []).append(record)
+        e, plain = record["experiment"], record["status"] == "done" and not record["changes"]
+        if plain and e["method"] in schedule.OWN:
+            groups.setdefault((e["method"], e["setting"], record["environment"]["device"]), []).append(record)
     rows = []
     for (method, setting, device), runs in groups.items():
         seconds = [run["seconds"] / run["experiment"]["updates"] for run in runs]
@@ -200,7 +202,7 @@ def runs_table(folder: Path, dataset: str = "mnist") -> pd.DataFrame:
 def update_of(record: records.Record) -> list[costs.Operator]:
     r"""The operators of an update of a recorded run."""
     e = record["experiment"]
-    made = Experiment.make(e["dataset"], e["method"], e["profile"], e["setting"], **record["changes"])
+    made = Experiment.make(e["dataset"], e["method"], e["profile"], e["setting"])
     return costs.cost(made, costs.SHAPES[e["dataset"]]).update
 
 
@@ -224,7 +226,7 @@ class CostTable(Directive):
 
     def run(self) -> list[nodes.Node]:
         name, folder = self.arguments[0], Path(self.env.srcdir) / "results"
-        self.env.note_reread()  # a record may have come or gone
+        self.env.metadata[self.env.docname]["cost"] = "yes"  # for `outdated`
         if name == "nets":
             return [self.shown(nets_table())]
         if name == "bench":
@@ -246,6 +248,21 @@ class CostTable(Directive):
         return self.table(list(found.columns), found.astype(str).values.tolist(), ["measured"])
 
 
+def fingerprint(folder: Path) -> str:
+    r"""Changes when the page may: with the library, the records of `svae bench`, and the names of the run records."""
+    library = sorted(Path(costs.__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in [*library, *sorted(folder.glob("bench-*.json"))]))
+    digest.update("".join(path.name for path in sorted(folder.glob("*/*.json"))).encode())
+    return digest.hexdigest()
+
+
+def outdated(app: Sphinx, env: BuildEnvironment, *_: set[str]) -> list[str]:
+    r"""The page is read again only then, for counting all nets takes a while."""
+    before, env.cost_fingerprint = getattr(env, "cost_fingerprint", ""), fingerprint(Path(app.srcdir) / "results")
+    return [page for page, data in env.metadata.items() if "cost" in data and before != env.cost_fingerprint]
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("env-get-outdated", outdated)
     app.add_directive("cost", CostTable)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
