@@ -222,3 +222,24 @@ def test_snakemake_plans_what_has_no_record(tmp_path):
     assert not any(run.name in line for run in (finished,) for line in outputs)
     commands = [line for line in planned.splitlines() if "OMP_NUM_THREADS=2 " in line]
     assert len(commands) == len(runs) - 1 and all("--nproc_per_node=4 -m svae_lib run ring8 " in c for c in commands)
+
+
+@pytest.mark.parametrize("cards, jobs, chosen", [(0, 2, [None] * 3), (1, 1, [None] * 3), (2, 2, ["0", "1", "0"])])
+def test_runs_go_to_the_graphics_cards_in_turn(tmp_path, monkeypatch, cards, jobs, chosen):
+    monkeypatch.setattr(schedule, "GRID", (Block(("digits",), ("vae", "svae", "ali")),))
+    monkeypatch.setattr(schedule.torch.cuda, "device_count", lambda: cards)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    started = []
+
+    class Ended:
+        returncode = 0
+
+        def __init__(self, *_, env, **__):
+            started.append(env.get("CUDA_VISIBLE_DEVICES"))
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(schedule.subprocess, "Popen", Ended)
+    schedule.work(schedule.runs("quick"), tmp_path, jobs=jobs, say=lambda _: None)
+    assert started == chosen
