@@ -151,9 +151,10 @@ def discrete_nll(
 ) -> dict[str, Metric]:
     r"""Bits for each of the D numbers of an image: (KL − E_q Σ log p(i|z))/(D ln 2), as A §5.1 evaluates a Gaussian.
 
-    bits_closed: the text's formula, in which the levels 0 and 255 have only their own cell; bits_open: they also have
-    the tails beyond, so that the probabilities sum to one. iw_bits_...: the importance-weighted bound of the same.
-    rate: the KL, in nats an image. uint8 (N, C, H, W); the encoder sees the middle of each level's cell.
+    `bits_closed`: the text's formula, in which the levels 0 and 255 have only their own cell; `bits_open`: they also
+    have the tails beyond, so that the probabilities sum to one. `iw_bits_closed`, `iw_bits_open`: the
+    importance-weighted bound of the same. `rate`: the KL, in nats an image. uint8 (N, C, H, W); the encoder sees the
+    middle of each level's cell.
     """
     values, unit = {}, images[0].numel() * math.log(2)
     for edges in ("closed", "open"):
