@@ -1,15 +1,12 @@
 r"""One model trained by N processes: `torchrun --nproc_per_node=N -m svae_lib run …` does what `svae run …` does.
 
 The batch stays the batch of the experiment. Each process holds B/N of its rows and all weights; what a batch shares is
-shared between the processes too, so that N of them follow the curve of one:
-
-* gradients are averaged before each step of an optimiser, in one message (`average`);
-* BatchNorm normalises by the statistics of all B rows, differentiably as often as a penalty on slopes needs
-  (`batch_norm`);
-* objectives that are no means over samples get the scores of all B rows (`SharedDraws`);
-* random numbers are drawn for all B rows and cut (`Share`). All processes draw from one stream, and these are the
-  numbers that one process would draw. Two have the same distribution only: DiffAugment, and the noise of encoders
-  without a density, of which a part belongs to no row.
+shared between the processes too, so that N of them follow the curve of one. Gradients are averaged before each step of
+an optimiser, in one message (`average`). BatchNorm normalises by the statistics of all B rows, differentiably as often
+as a penalty on slopes needs (`batch_norm`). Objectives that are no means over samples get the scores of all B rows
+(`SharedDraws`). Random numbers are drawn for all B rows and cut (`Share`): all processes draw from one stream, and
+these are the numbers that one process would draw. Two have the same distribution only, DiffAugment and the noise of
+encoders without a density, of which a part belongs to no row.
 
 The first process alone writes checkpoints, records and progress. `torchrun` stops all of them when one dies.
 
