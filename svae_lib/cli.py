@@ -123,6 +123,16 @@ def classifier_command(args: argparse.Namespace) -> None:
     print_metrics(report)
 
 
+def keep_command(args: argparse.Namespace) -> None:
+    from svae_lib import pretrained
+
+    for name in args.name:
+        path = pretrained.keep(name, args.results)
+        changed = pretrained.load(name, args.results, "cpu").rounding
+        shown = ", ".join(f"{key} by {value:.2g}" for key, value in changed.items())
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; half precision changed {shown or 'too much'}", flush=True)
+
+
 def grid_command(args: argparse.Namespace) -> None:
     from svae_lib import records, schedule
 
@@ -238,6 +248,19 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one hyperparameter")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     run.add_argument("--results", type=Path, help="folder for records (default: results/ of the clone)")
+
+    keep = command(
+        "keep", keep_command, "keep the model of a finished run as a small file, which loads without data or training",
+        """\
+        example:
+          svae keep mnist-svae-elbo-stabilised-cpu-s0
+
+        The name is that of the record. The weights come from the run's checkpoint in the user's cache, and must give
+        the record's metrics again. Python reads them with svae_lib.pretrained.load(NAME).
+        """,
+    )  # fmt: skip
+    keep.add_argument("name", nargs="+", help="names of records")
+    keep.add_argument("--results", type=Path, help="folder of records (default: results/ of the clone)")
 
     grid = command(
         "grid", grid_command, "work through all runs of the tables, most valuable first, for a given time",

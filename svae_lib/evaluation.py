@@ -53,16 +53,23 @@ def _points(players: nn.ModuleDict, x: Tensor, target: Mixture, z_dim: int, how:
 def _images(
     players: nn.ModuleDict, dataset: Dataset, device: torch.device, z_dim: int, how: Evaluation, axis: Axis
 ) -> Metrics:
-    decoder, images = players["decoder"], dataset.test.to(device).images
-    values, count = {}, how.score_samples
-    if isinstance(decoder, PixelModel):
-        values, count = metrics.exact_nll(decoder, images), min(count, how.pixelwise_samples)
-    if "encoder" in players:
-        values = _likelihood(players["encoder"], decoder, images, how, axis)
-        values |= metrics.reconstruction_error(players["encoder"], decoder, images, axis)
+    decoder = players["decoder"]
+    values = on_images(players, dataset.test.to(device).images, how, axis)
+    count = min(how.score_samples, how.pixelwise_samples) if isinstance(decoder, PixelModel) else how.score_samples
     samples = metrics.sample_images(decoder, z_dim, count, device, axis)
     values |= _score(dataset, device, samples)
     return values | (quality.inception(samples, dataset.train.images) if how.inception else {})
+
+
+def on_images(players: nn.ModuleDict, images: Tensor, how: Evaluation, axis: Axis = Grey) -> Metrics:
+    r"""What is measured on given uint8 images: bounds and reconstruction error, or the exact likelihood."""
+    decoder = players["decoder"]
+    if isinstance(decoder, PixelModel):
+        return metrics.exact_nll(decoder, images)
+    if "encoder" not in players:
+        return {}
+    values = _likelihood(players["encoder"], decoder, images, how, axis)
+    return values | metrics.reconstruction_error(players["encoder"], decoder, images, axis)
 
 
 def _likelihood(encoder: nn.Module, decoder: nn.Module, images: Tensor, how: Evaluation, axis: Axis) -> Metrics:

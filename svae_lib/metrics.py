@@ -174,15 +174,19 @@ def _scaled(nats: Metric, unit: float) -> Metric:
 
 
 @torch.no_grad()
+def reconstruct(encoder: nn.Module, decoder: nn.Module, images: Tensor, axis: Axis = Grey) -> Tensor:
+    r"""x̂, the decoder mean at the encoder mean, of uint8 images; grey, of their shape."""
+    codes = (proposal(encoder(axis.see(levels))).mean for levels in images.split(250))
+    return torch.cat([axis.back(decoder(z).mean) for z in codes])
+
+
 def reconstruction_error(
     encoder: nn.Module, decoder: nn.Module, images: Tensor, axis: Axis = Grey
 ) -> dict[str, Metric]:
-    r"""Error of x̂, the decoder mean at the encoder mean, in both units that "RMSE" may have."""
-    square = []
-    for levels in images.split(250):
-        x_hat = axis.back(decoder(proposal(encoder(axis.see(levels))).mean).mean)
-        square.append((x_hat - grey(levels)).square().flatten(1))
-    return error_units(torch.cat([s.sum(1) for s in square]), square[0].shape[1])
+    r"""Error of x̂ (`reconstruct`), in both units that "RMSE" may have."""
+    pairs = ((reconstruct(encoder, decoder, levels, axis), grey(levels)) for levels in images.split(250))
+    per_image = torch.cat([(x_hat - x).square().flatten(1).sum(1) for x_hat, x in pairs])
+    return error_units(per_image, images[0].numel())
 
 
 def error_units(per_image: Tensor, pixels: int) -> dict[str, Metric]:

@@ -278,7 +278,7 @@ def stage(root: Path = ROOT) -> Path:
     source = root / "_build" / "source"
     shutil.rmtree(source, ignore_errors=True)
     for folder in ("book", "results", "tests/equations"):
-        shutil.copytree(root / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+        shutil.copytree(root / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy2(root / name, source / name)
     for chapter in chapters(root):

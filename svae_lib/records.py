@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from svae_lib import __version__
 from svae_lib.data import NATURAL, STACKED, grey
 from svae_lib.errors import UserError
-from svae_lib.metrics import proposal
+from svae_lib.metrics import reconstruct
 from svae_lib.mixtures import MIXTURES
 
 if TYPE_CHECKING:
@@ -153,8 +153,8 @@ def write_pictures(folder: Path, experiment: Experiment, players: nn.ModuleDict,
     axis = experiment.nets.axis
     save_image(axis.back(players["decoder"](z).mean), f"{stem}.samples.png", nrow=8, padding=1)
     if "encoder" in players:
-        x_hat = players["decoder"](proposal(players["encoder"](axis.see(test[:10]))).mean).mean
-        save_image(torch.cat([grey(test[:10]), axis.back(x_hat)]), f"{stem}.reconstructions.png", nrow=10, padding=1)
+        x_hat = reconstruct(players["encoder"], players["decoder"], test[:10], axis)
+        save_image(torch.cat([grey(test[:10]), x_hat]), f"{stem}.reconstructions.png", nrow=10, padding=1)
 
 
 def papers(dataset: str, folder: Path | None = None) -> list[dict[str, Any]]:
