@@ -65,15 +65,18 @@ def test_a_card_follows_file_and_record(tmp_path):
 
 
 def test_places_and_weaknesses_are_counted_among_the_finished_runs():
-    def record(l2, score):
+    def record(l2, score, n=5):
         found = {"l2": {"value": l2, "se": 0.1, "n": 5}, "score": {"value": score, "se": 0.1, "n": 5}}
-        return {"experiment": {"dataset": "mnist"}, "metrics": found, "real_data": {"score": {"value": 9.8}}}
+        return {"experiment": {"dataset": "mnist"}, "metrics": found, "real_data": {"score": {"value": 9.8, "n": n}}}
 
     runs = [record(1, 5), record(2, 9), record(3, 1)]
     assert [model_cards.place("l2", run["metrics"]["l2"]["value"], runs) for run in runs] == [(1, 3), (2, 3), (3, 3)]
     assert model_cards.place("score", 9, runs) == (1, 3)
-    assert model_cards.weakness(runs[1], runs) == "no metric is in the worse half"
+    assert model_cards.weakness(runs[1], runs) == "its samples have a score of 9.00, real images 9.80"
     assert model_cards.weakness(runs[2], runs).endswith("RMSE, L2 (3 of 3), score (3 of 3)")
+    few = record(0.5, 8, n=300)  # real images of another number
+    assert model_cards.weakness(few, runs) == "no metric is worse than in most runs of its data set"
+    assert model_cards.measured(few, runs)[1][3] == "9.80 (n = 300)"
     assert model_cards.measured(runs[0], runs) == [
         ["RMSE, L2", "1.00 ± 0.10", "5", "–", "1 of 3"], ["score", "5.00 ± 0.10", "5", "9.80", "2 of 3"],
     ]  # fmt: skip

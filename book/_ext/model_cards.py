@@ -44,24 +44,30 @@ def measured(record: records.Record, others: list[records.Record]) -> list[list[
     r"""Rows of metric, value ± standard error, n, real test data, place among the runs of its data set."""
     rows = []
     for metric, (heading, decimals) in records.columns(record["experiment"]["dataset"]).items():
-        found = record["metrics"].get(metric)
+        found, real = record["metrics"].get(metric), record["real_data"].get(metric)
         if found is None:
             continue
         digits = decimals if not 0 < found["se"] < 10**-decimals else math.ceil(-math.log10(found["se"]))
-        real = record["real_data"].get(metric)
-        rank, count = place(metric, found["value"], others)
         value = f"{found['value']:.{digits}f}" + (f" ± {found['se']:.{digits}f}" if found["se"] else "")
-        rows.append([heading, value, f"{found['n']:,}", f"{real['value']:.{decimals}f}" if real else "–",
-                     f"{rank} of {count}"])  # fmt: skip
+        aim = f"{real['value']:.{decimals}f}" if real else "–"
+        aim += f" (n = {real['n']:,})" if real and real["n"] != found["n"] else ""
+        rank, count = place(metric, found["value"], others)
+        rows.append([heading, value, f"{found['n']:,}", aim, f"{rank} of {count}"])
     return rows
 
 
 def weakness(record: records.Record, others: list[records.Record]) -> str:
-    r"""Where most of the other runs of the data set are better."""
-    shown = records.columns(record["experiment"]["dataset"])
-    places = {shown[m][0]: place(m, v["value"], others) for m, v in record["metrics"].items() if m in shown}
-    worse = [f"{name} ({rank} of {count})" for name, (rank, count) in places.items() if rank > (count + 1) / 2]
-    return f"worse than most runs of its data set: {', '.join(worse)}" if worse else "no metric is in the worse half"
+    r"""How far samples are from as many real images, and where most of the other runs of the data set are better."""
+    found, real, said, worse = record["metrics"], record["real_data"], [], []
+    for metric, (heading, decimals) in records.columns(record["experiment"]["dataset"]).items():
+        if metric in found and metric in real and real[metric]["n"] == found[metric]["n"]:
+            ours, aim = (f"{values[metric]['value']:.{decimals}f}" for values in (found, real))
+            said.append(f"its samples have a {heading} of {ours}, real images {aim}")
+        if metric in found:
+            rank, count = place(metric, found[metric]["value"], others)
+            worse += [f"{heading} ({rank} of {count})"] if rank > (count + 1) / 2 else []
+    said += [f"worse than most runs of its data set: {', '.join(worse)}"] if worse else []
+    return "; ".join(said) or "no metric is worse than in most runs of its data set"
 
 
 def precision(model: Pretrained, record: records.Record | None) -> str:
@@ -124,8 +130,7 @@ class ModelCards(Directive):
             section += self.table(heads, measured(record, others), ["measured"])
         else:
             section += self.paragraph("Metrics: not run; the record of this model is missing.")
-        use = "images = model.sample(16)" if "encoder" not in model.players else "again = model.reconstruct(images)"
-        lines = ["from svae_lib import pretrained", f'model = pretrained.load("{name}")', use]
+        lines = ["from svae_lib import pretrained", f'model = pretrained.load("{name}")', "images = model.sample(16)"]
         section += self.block("\n".join(lines), "python")
         return section
 
