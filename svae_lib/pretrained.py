@@ -86,10 +86,10 @@ def load(name: str, folder: Path | None = None, device: str = "auto") -> Pretrai
         with safe_open(file, "pt") as opened:
             header = {key: json.loads(text) for key, text in (opened.metadata() or {}).items()}
         weights = load_file(file)
-        shape, rounding, experiment = tuple(header["shape"]), header["rounding"], header["experiment"]
-    except (SafetensorError, KeyError, json.JSONDecodeError):
+        experiment = Experiment.make(**header["experiment"])
+        shape, rounding = tuple(header["shape"]), header["rounding"]
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError):
         raise UserError(f"{file} is not a kept model; delete it and run `svae keep {name}`") from None
-    experiment = Experiment.make(**experiment)
     players = _players(experiment, shape, weights, file)
     return Pretrained(experiment, players.to(choose_device(device)), shape, rounding)
 
@@ -124,11 +124,12 @@ def keep(name: str, folder: Path | None = None) -> Path:
 
 
 def check(experiment: Experiment, players: nn.ModuleDict, images: Tensor, record: records.Record) -> evaluation.Metrics:
-    r"""Bounds and errors of the players on test images, measured anew.
+    r"""Bounds and errors of the players on test images, measured anew, as far as the record has them.
 
     Raises UserError if one of them is further from the record than four standard errors.
     """
     found = _measured(experiment, players, images)
+    found = {key: metric for key, metric in found.items() if key in record["metrics"]}
     for key, metric in found.items():
         known = record["metrics"][key]["value"]
         if not abs(metric["value"] - known) <= 4 * metric["se"]:

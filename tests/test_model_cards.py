@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "book" / "_ext"))
 
 import model_cards  # noqa: E402
 
-from svae_lib import pretrained, records  # noqa: E402
+from svae_lib import records  # noqa: E402
 from svae_lib.data import DATASETS  # noqa: E402
 from svae_lib.mixtures import MIXTURES  # noqa: E402
 
@@ -60,8 +60,6 @@ def test_a_card_follows_file_and_record(tmp_path):
     records.path(results, "stacked_digits", NAME).unlink()
     page, complaints = build(tmp_path)
     assert not complaints and "Metrics: not run" in page and record["environment"]["commit"] not in page
-    pretrained.path(NAME, results).unlink()
-    assert "No model is kept" in build(tmp_path)[0]
 
 
 def test_places_and_weaknesses_are_counted_among_the_finished_runs():

@@ -169,6 +169,9 @@ def test_a_damaged_or_foreign_file_is_one_sentence(run, tmp_path):
     save_file(weights, bad)
     with pytest.raises(UserError, match="is not a kept model"):
         pretrained.load("bad", tmp_path)
+    save_file(weights, bad, header | {"experiment": '{"dataset": "digits"}'})
+    with pytest.raises(UserError, match="is not a kept model"):
+        pretrained.load("bad", tmp_path)
     save_file(weights, bad, header | {"shape": "[1, 12, 12]"})
     with pytest.raises(UserError, match="holds other nets than those of digits-vae"):
         pretrained.load("bad", tmp_path)
@@ -187,6 +190,15 @@ def test_a_users_error_is_one_sentence(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cli.main(["keep", record["name"], "--results", str(folder)]) == 2
     assert "there is no training checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a kept model on a graphics card needs a CUDA device")
+def test_a_kept_model_is_the_same_on_a_graphics_card(run):
+    folder, record, _ = run
+    pretrained.keep(record["name"], folder)
+    images = data.load("digits").test.images[:50]
+    here, there = (pretrained.load(record["name"], folder, device).reconstruct(images) for device in ("cpu", "cuda"))
+    assert there.device.type == "cuda" and torch.allclose(here, there.cpu(), atol=1e-4)
 
 
 def test_a_gan_has_no_reconstructions():

@@ -126,7 +126,7 @@ class ModelCards(Directive):
             listed += nodes.field("", nodes.field_name("", key), nodes.field_body("", self.paragraph(text)))
         section += listed
         if record is not None:
-            heads = ["metric", "value ± standard error", "n", "real test data", "place among the runs"]
+            heads = ["metric", "value", "n", "real test data", "place among the runs"]
             section += self.table(heads, measured(record, others), ["measured"])
         else:
             section += self.paragraph("Metrics: not run; the record of this model is missing.")
