@@ -81,8 +81,8 @@ class Streamed(Split):
 
     mapped: Mapped
     device: torch.device
-    waiting: dict[int, Future] = field(default_factory=dict)  # by the number of images
-    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    waiting: dict[int, Future] = field(default_factory=dict, init=False)  # by the number of images
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
 
     def draw(self, count: int) -> Tensor:
         batch = self.waiting.pop(count, None) or self._order(count)
