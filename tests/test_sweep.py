@@ -39,8 +39,10 @@ def test_an_interrupted_sweep_goes_on(small, tmp_path, monkeypatch):
 
 
 def test_a_run_that_failed_counts_as_failed():
-    rows = [{"score": s, "mse": e} for s, e in ((5.0, 0.1), (1.2, 3.0), (math.nan, math.nan), (3.0, 0.2))]
-    shown = sweep.summary({"rows": rows})
+    values = ((5.0, 0.1, 5, 0.6), (1.2, 3.0, 1, 0.9), (math.nan, math.nan, 0, math.nan), (3.0, 0.2, 5, 0.1))
+    rows = [dict(zip(("score", "mse", "modes", "high_quality"), value, strict=True)) for value in values]
+    shown = sweep.summary({"dataset": "alice5", "rows": rows})
+    assert shown["works"] == 0.25  # the first: the second misses modes, the last draws between them
     assert shown["failed"] == 0.5 and shown["score"] == pytest.approx((5 + 1.2 + 1 + 3) / 4)
     assert shown["mse"] == pytest.approx(1.1) and shown["settings"] == 4
 
