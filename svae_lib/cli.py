@@ -110,7 +110,7 @@ def classifier_command(args: argparse.Namespace) -> None:
     from svae_lib.device import choose_device, describe
 
     def say(epoch: int, epochs: int, accuracy: float) -> None:
-        print(f"epoch {epoch} of {epochs}: {accuracy:.3f} of 2,000 validation images", flush=True)
+        print(f"epoch {epoch} of {epochs}: {accuracy:.3f} of the validation images tried", flush=True)
 
     dataset, device = data.load(args.dataset), choose_device(args.device)
     folder = args.results or records.results_folder()

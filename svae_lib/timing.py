@@ -49,8 +49,6 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-
-
 def in_turns(functions: dict[str, Step], device: torch.device, effort: Effort) -> dict[str, np.ndarray]:
     r"""Seconds per call of each function, one value a turn: (turns,) each. The order is reversed every other turn.
 
