@@ -1,46 +1,22 @@
-r"""The command line `svae`."""
+r"""The command line `svae`: its subcommands and their options; `svae_lib.commands` does what they say."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import os
-import signal
 import sys
 import textwrap
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from svae_lib import __version__
+from svae_lib import __version__, commands
 from svae_lib.errors import UserError
 
 # Written out, for importing svae_lib.data costs seconds.
 DATASETS = """digits, patches32, patches64, mnist, cifar10, tiny_imagenet, imagenet64,
     stacked_digits, stacked_mnist, ring8, grid25 or alice5"""
-
-
-def methods_command(_: argparse.Namespace) -> None:
-    from svae_lib.methods import METHODS
-
-    print(f"{'method':<16}{'critic':<8}{'players':<14}what it does")
-    for method in METHODS.values():
-        print(f"{method.name:<16}{method.critic_equation:<8}{method.player_equation:<14}{method.summary}")
-
-
-def run_command(args: argparse.Namespace) -> None:
-    from svae_lib import distributed, experiment, records
-
-    changes = dict(pair_of(text) for text in args.set)
-    make = partial(experiment.Experiment.make, args.dataset, args.method, args.profile, args.setting, **changes)
-    chosen = [make(seed=seed) for seed in args.seed]
-    folder = args.results or records.results_folder()
-    print(f"{', '.join(e.name for e in chosen)}: {chosen[0].training.updates} updates")
-    for record in experiment.run_all(chosen, args.device, folder, print_row):
-        print_record(record)
-        print(f"record: {folder / args.dataset / record['name']}.json")
-    distributed.leave()
 
 
 def seeds(text: str) -> list[int]:
@@ -49,102 +25,6 @@ def seeds(text: str) -> list[int]:
     if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
         raise argparse.ArgumentTypeError(f"'{text}' is neither a seed like 3 nor a range like 0-9")
     return list(range(int(first), int(last or first) + 1))
-
-
-def pair_of(text: str) -> tuple[str, str]:
-    r"""KEY=VALUE -> (KEY, VALUE)."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(f"--set wants KEY=VALUE, not '{text}'")
-    return key, value
-
-
-def print_row(row: dict) -> None:
-    r"""One plain line of diagnostics."""
-    shown = ("update", "seconds", "objective", "reconstruction", "kl", "critic_loss", "accuracy")
-    shown = (*shown, "images/s", "points/s", "minutes left")
-    print("  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row), flush=True)
-
-
-def print_record(record: dict) -> None:
-    r"""The metrics of a finished run."""
-    if record["status"] != "done":
-        print(f"{record['status']}: {record['reason']}")
-    print_metrics(record)
-    for name, real in record["real_data"].items():
-        if name in record["metrics"]:
-            print(f"{name + ', real test':<24}{real['value']:>6.3f}")
-
-
-def print_metrics(record: dict) -> None:
-    r"""One line per metric: value ± standard error, and the number of images."""
-    for name, metric in record["metrics"].items():
-        print(f"{name:<20}{metric['value']:>10.3f} ± {metric['se']:.3f}  (n = {metric['n']})")
-
-
-def bounds_command(args: argparse.Namespace) -> None:
-    import torch
-
-    from svae_lib import bounds, data, records
-    from svae_lib.device import describe
-
-    record = bounds.compute(data.load(args.dataset))
-    record["environment"] = records.environment(describe(torch.device("cpu")))
-    print_metrics(record)
-    print(f"record: {records.write_report(args.results or records.results_folder(), record)}")
-
-
-def bench_command(args: argparse.Namespace) -> None:
-    from svae_lib import bench, records, timing
-
-    effort = timing.QUICK if args.quick else timing.FULL
-    record = bench.run(args.device, effort, args.only, partial(print, flush=True))
-    if args.results or not (args.quick or args.only):
-        print(f"record: {records.write_report(args.results or records.results_folder(), record)}")
-
-
-def classifier_command(args: argparse.Namespace) -> None:
-    import torch
-
-    from svae_lib import classifier, data, quality, records
-    from svae_lib.device import choose_device, describe
-
-    def say(epoch: int, epochs: int, accuracy: float) -> None:
-        print(f"epoch {epoch} of {epochs}: {accuracy:.3f} of the validation images tried", flush=True)
-
-    dataset, device = data.load(args.dataset), choose_device(args.device)
-    folder = args.results or records.results_folder()
-    report = records.read_report(f"classifier-{dataset.name}", folder)
-    if report is None:
-        torch.manual_seed(0)
-        classifier.make_classifier(dataset, device, say)
-        report = quality.calibrate(dataset, device) | {"environment": records.environment(describe(device))}
-        print(f"record: {records.write_report(folder, report)}")
-    print_metrics(report)
-
-
-def keep_command(args: argparse.Namespace) -> None:
-    from svae_lib import pretrained
-
-    for name in args.name:
-        path = pretrained.keep(name, args.results)
-        changed = pretrained.load(name, args.results, "cpu").rounding
-        shown = ", ".join(f"{key} by {value:.2g}" for key, value in changed.items())
-        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; half precision changed {shown or 'too much'}", flush=True)
-
-
-def grid_command(args: argparse.Namespace) -> None:
-    from svae_lib import records, schedule
-
-    folder = (args.results or records.results_folder()).resolve()
-    chosen = schedule.runs(args.profile, args.only)
-    failed = {}
-    if not args.dry_run:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed grid takes its runs with it
-        failed = schedule.work(chosen, folder, args.budget_minutes, args.jobs, args.device, partial(print, flush=True))
-    print(schedule.table(chosen, folder))
-    if failed:
-        raise UserError(f"{len(failed)} failed: " + "; ".join(f"{run.name}: {why}" for run, why in failed.items()))
 
 
 def positive(kind: type) -> Callable[[str], Any]:
@@ -159,53 +39,6 @@ def positive(kind: type) -> Callable[[str], Any]:
     return convert
 
 
-def sweep_command(args: argparse.Namespace) -> None:
-    from svae_lib import sweep
-
-    record = sweep.sweep(args.dataset, args.method, args.results, lambda done, of: print(f"{done} of {of}", flush=True))
-    for name, value in sweep.summary(record).items():
-        print(f"{name:<20}{value:>10.3f}")
-
-
-def table_command(args: argparse.Namespace) -> None:
-    from svae_lib import records
-
-    print(records.table(args.dataset, args.results).to_string(index=False))
-
-
-def notebook_command(args: argparse.Namespace) -> None:
-    from svae_lib import notebooks
-
-    print(notebooks.run_chapter(args.chapter, dict(args.parameter), args.output))
-
-
-def verify_command(args: argparse.Namespace) -> None:
-    from svae_lib import verify
-    from svae_lib.notebooks import ROOT
-
-    proofs = verify.run_proofs()
-    claims = verify.ledger(proofs)
-    print(verify.table(claims))
-    if open_claims := [claim.equation for claim in claims if claim.status in ("FAILED", "no proof")]:
-        raise UserError(f"not verified: {', '.join(open_claims)}; the messages above say why")
-    if args.store:
-        print(verify.write(proofs, ROOT / "book"))
-
-
-def book_command(args: argparse.Namespace) -> None:
-    from svae_lib import notebooks
-
-    if args.store:
-        notebooks.store()
-    print(notebooks.build_book())
-
-
-def data_command(args: argparse.Namespace) -> None:
-    from svae_lib import data
-
-    print(data.fetch(args.dataset))
-
-
 def parser() -> argparse.ArgumentParser:
     r"""All subcommands, with help that teaches."""
     top = argparse.ArgumentParser(
@@ -214,20 +47,20 @@ def parser() -> argparse.ArgumentParser:
         epilog="Start with: svae methods; svae run digits svae-r; svae table mnist",
     )
     top.add_argument("--version", action="version", version=f"svae {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subcommands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, function, help: str, epilog: str = "") -> argparse.ArgumentParser:
-        sub = commands.add_parser(
+    def command(name: str, help: str, epilog: str = "") -> argparse.ArgumentParser:
+        sub = subcommands.add_parser(
             name, help=help, description=help, epilog=textwrap.dedent(epilog),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
-        sub.set_defaults(function=function)
+        sub.set_defaults(function=getattr(commands, f"{name}_command"))
         return sub
 
-    command("methods", methods_command, "list the methods with their critic and player equations")
+    command("methods", "list the methods with their critic and player equations")
 
     run = command(
-        "run", run_command, "train one model, evaluate it once on the test set, write one record",
+        "run", "train one model, evaluate it once on the test set, write one record",
         """\
         examples:
           svae run digits svae-r                        seconds, no download
@@ -250,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--results", type=Path, help="folder for records (default: results/ of the clone)")
 
     keep = command(
-        "keep", keep_command, "keep the model of a finished run as a small file, which loads without data or training",
+        "keep", "keep the model of a finished run as a small file, which loads without data or training",
         """\
         example:
           svae keep mnist-svae-elbo-stabilised-cpu-s0
@@ -263,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     keep.add_argument("--results", type=Path, help="folder of records (default: results/ of the clone)")
 
     grid = command(
-        "grid", grid_command, "work through all runs of the tables, most valuable first, for a given time",
+        "grid", "work through all runs of the tables, most valuable first, for a given time",
         """\
         examples:
           svae grid --dry-run                           every run: state, minutes predicted, command
@@ -282,21 +115,21 @@ def parser() -> argparse.ArgumentParser:
     grid.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     grid.add_argument("--results", type=Path, help="folder for records (default: results/ of the clone)")
 
-    sweep = command("sweep", sweep_command, "one method under 256 hyperparameter settings; goes on where it stopped")
+    sweep = command("sweep", "one method under 256 hyperparameter settings; goes on where it stopped")
     sweep.add_argument("dataset", help="alice5, ring8 or grid25")
     sweep.add_argument("method", help="a name from `svae methods`")
     sweep.add_argument("--results", type=Path, help="folder for records (default: results/ of the clone)")
 
-    table = command("table", table_command, "the papers' table beside our records of it")
+    table = command("table", "the papers' table beside our records of it")
     table.add_argument("dataset", help="mnist, cifar10, ring8, grid25 or stacked_mnist")
     table.add_argument("--results", type=Path, help="folder of records (default: results/ of the clone)")
 
-    bounds = command("bounds", bounds_command, "what the data alone says about likelihoods and errors; writes a record")
+    bounds = command("bounds", "what the data alone says about likelihoods and errors; writes a record")
     bounds.add_argument("dataset", help=DATASETS)
     bounds.add_argument("--results", type=Path, help="folder for records (default: results/ of the clone)")
 
     bench = command(
-        "bench", bench_command, "time the engine beside other loops and against the machine's limits; writes a record",
+        "bench", "time the engine beside other loops and against the machine's limits; writes a record",
         """\
         examples:
           svae bench                                    all rows, minutes on an idle machine
@@ -313,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--results", type=Path, help="folder for the record (default: results/ of the clone)")
 
     classifier = command(
-        "classifier", classifier_command, "train the classifier that scores images, once, and measure real data by it",
+        "classifier", "train the classifier that scores images, once, and measure real data by it",
         """\
         examples:
           svae classifier patches32                     a minute, no download
@@ -327,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
     classifier.add_argument("--results", type=Path, help="folder for the report (default: results/ of the clone)")
 
     notebook = command(
-        "notebook", notebook_command, "execute one chapter with checked parameters",
+        "notebook", "execute one chapter with checked parameters",
         """\
         example:
           svae notebook mnist -p profile cpu -p seed 1 --output my_mnist.ipynb
@@ -337,13 +170,13 @@ def parser() -> argparse.ArgumentParser:
     notebook.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     notebook.add_argument("--output", type=Path, help="where the executed notebook goes (default: _build)")
 
-    verify = command("verify", verify_command, "prove every numbered equation and print the claims ledger")
+    verify = command("verify", "prove every numbered equation and print the claims ledger")
     verify.add_argument("--store", action="store_true", help="also keep the observations for the book's ledger page")
 
-    book = command("book", book_command, "execute the chapters that changed and build the HTML pages")
+    book = command("book", "execute the chapters that changed and build the HTML pages")
     book.add_argument("--store", action="store_true", help="also keep the fresh outputs in notebooks/")
 
-    dataset = command("data", data_command, "find, download or convert a dataset, verify it, say where it is")
+    dataset = command("data", "find, download or convert a dataset, verify it, say where it is")
     dataset.add_argument("dataset", help=DATASETS)
     return top
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from svae_lib import cli, data, distributed, experiment, train
+from svae_lib import cli, commands, data, distributed, experiment, train
 from svae_lib.distributed import Share
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
@@ -83,7 +83,7 @@ def main(device, folder):
         if row["update"] == 8 and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train.CHECKPOINT_SECONDS, cli.print_row = 0, die
+    train.CHECKPOINT_SECONDS, commands.print_row = 0, die
     cli.main([*RUN, "--device", device, "--results", str(folder)])
 
 

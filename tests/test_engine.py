@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from svae_lib import cli, data, engine, experiment, memory, train
+from svae_lib import commands, data, engine, experiment, memory, train
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
 from svae_lib.methods import METHODS
@@ -155,7 +155,7 @@ def test_what_a_log_and_a_bar_show(capsys, monkeypatch):
         seconds = 8 * row["update"] / row["points/s"]
         assert row["minutes left"] == pytest.approx((4 - row["update"]) / row["update"] * seconds / 60)
         assert row.items() >= kept.items() and "points/s" not in kept
-        cli.print_row(row)
+        commands.print_row(row)
     assert "points/s" in (shown := capsys.readouterr().out) and "minutes left 0" in shown
     monkeypatch.setattr(train, "tqdm", lambda **choices: choices)
     bar = trainer("digits", "vae", updates=4, log_every=2)._progress()

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "book" / "_ext"))
 
 import method_pages  # noqa: E402
 
-from svae_lib import cli, data, experiment, gans, methods, objectives, records  # noqa: E402
+from svae_lib import cli, commands, data, experiment, gans, methods, objectives, records  # noqa: E402
 from svae_lib.experiment import Experiment  # noqa: E402
 from svae_lib.verify import NUMBER  # noqa: E402
 
@@ -74,7 +74,7 @@ def commanded(line):
     """The experiments that a printed command would run."""
     assert line.startswith("svae ")
     args = cli.parser().parse_args(line.split()[1:])
-    changes = dict(cli.pair_of(text) for text in args.set)
+    changes = dict(commands.pair_of(text) for text in args.set)
     return [Experiment.make(args.dataset, args.method, args.profile, args.setting, s, **changes) for s in args.seed]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from svae_lib import cli, experiment, records, schedule, train
+from svae_lib import cli, commands, experiment, records, schedule, train
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
 from svae_lib.schedule import Block, Run
@@ -64,7 +64,7 @@ def test_the_grid_begins_with_the_papers_own_rows_and_repeats_nothing():
 def test_the_command_of_every_run_makes_its_experiments(profile):
     for run in schedule.runs(profile):
         args = cli.parser().parse_args(run.arguments)
-        changes = dict(map(cli.pair_of, args.set))
+        changes = dict(map(commands.pair_of, args.set))
         make = Experiment.make
         again = [make(args.dataset, args.method, args.profile, args.setting, i, **changes) for i in args.seed]
         assert run.experiments == tuple(again), run.arguments
