@@ -92,6 +92,8 @@ def stack(nets: Sequence[nn.Module], scales: Tensor | None = None) -> nn.Module:
     if [*nets[0].parameters(recurse=False)]:
         raise UserError(f"runs with a layer of type {type(nets[0]).__name__} cannot be trained together")
     stacked = copy.copy(nets[0])
+    if hasattr(stacked, "runs"):  # it has to know, for it draws for each of them
+        stacked.runs = len(nets)
     stacked._modules = {name: stack([net._modules[name] for net in nets], scales) for name in nets[0]._modules}
     return stacked
 
@@ -101,5 +103,7 @@ def alone(net: nn.Module, run: int) -> nn.Module:
     if isinstance(net, GroupedLinear | GroupedBatchNorm):
         return net.alone(run)
     single = copy.copy(net)
+    if hasattr(single, "runs"):
+        single.runs = 1
     single._modules = {name: alone(module, run) for name, module in net._modules.items()}
     return single

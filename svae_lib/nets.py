@@ -133,6 +133,8 @@ class ImplicitEncoder(nn.Module):
     E z = c + Σ a_k E v_k and Var z = Σ a_k² Var v_k. u -> Point in (B, dim). Source: Mescheder et al. 2017.
     """
 
+    runs = 1  # stacked ones (`svae_lib.ensembles`), each with other draws of its own
+
     def __init__(self, body: nn.Module, width: int, dim: int, sources: int = 8, others: int = 512) -> None:
         super().__init__()
         self.body, self.dim, self.others = body, dim, others
@@ -142,12 +144,13 @@ class ImplicitEncoder(nn.Module):
     def forward(self, u: Tensor) -> Point:
         made = self.head(self.body(u)).to(self.head.weight.dtype).unflatten(1, (-1, self.dim))
         c, a = made[:, 0], made[:, 1:]
-        noise = torch.randn(len(self.sources), len(u) + self.others, self.dim, device=u.device)
+        own = len(u) // self.runs
+        noise = torch.randn(len(self.sources), self.runs * (own + self.others), self.dim, device=u.device)
         v = torch.stack([source(eps) for source, eps in zip(self.sources, noise, strict=True)], 1).to(c.dtype)
-        v, others = v.split([len(u), self.others])
-        variance = (a.square() * others.var(0)).sum(1)
-        log_var = variance.log().clamp(-LOG_VAR_LIMIT, LOG_VAR_LIMIT)
-        return Point(c + (a * v).sum(1), DiagonalGaussian(c + (a * others.mean(0)).sum(1), log_var))
+        v, others = v.unflatten(0, (self.runs, -1)).split([own, self.others], 1)
+        mean, variance = (moment.repeat_interleave(own, 0) for moment in (others.mean(1), others.var(1)))
+        log_var = (a.square() * variance).sum(1).log().clamp(-LOG_VAR_LIMIT, LOG_VAR_LIMIT)
+        return Point(c + (a * v.flatten(0, 1)).sum(1), DiagonalGaussian(c + (a * mean).sum(1), log_var))
 
 
 class A1Decoder(nn.Module):

@@ -12,7 +12,7 @@ from svae_lib.ensembles import alone, stack
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
 from svae_lib.methods import METHODS
-from svae_lib.nets import GaussianHead, mlp
+from svae_lib.nets import GaussianHead, ImplicitEncoder, mlp
 
 CPU = torch.device("cpu")
 SEPARABLE = [name for name, m in METHODS.items() if m.separable]
@@ -54,6 +54,21 @@ def test_a_run_comes_out_as_it_went_in(norm):
     stacked.eval()
     for run, part in enumerate(parts):
         assert_close(alone(stacked, run)(x).mean, part(x).mean)
+
+
+def test_a_stacked_implicit_encoder_estimates_moments_for_each_run_alone(monkeypatch):
+    parts, u = [ImplicitEncoder(torch.nn.Linear(4, 16), 16, 2, others=7) for _ in range(2)], torch.randn(6, 4)
+    noise = torch.randn(8, 2 * (3 + 7), 2)
+    monkeypatch.setattr(torch, "randn", lambda *size, device: noise)
+    stacked = stack(parts)
+    together = stacked(u)
+    for run, part in enumerate(parts):
+        monkeypatch.setattr(torch, "randn", lambda *size, device, run=run: noise[:, 10 * run : 10 * run + 10])
+        rows = slice(3 * run, 3 * run + 3)
+        for lone in (part(u[rows]), alone(stacked, run)(u[rows])):
+            assert_close(together.mean[rows], lone.mean)
+            assert_close(together.moments.mean[rows], lone.moments.mean)
+            assert_close(together.moments.log_var[rows], lone.moments.log_var)
 
 
 class Shared:
