@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from svae_lib import data, distributed, evaluation, methods, metrics, records
+from svae_lib import data, distributed, evaluation, methods, metrics, pictures, records
 from svae_lib.device import choose_device, describe
 from svae_lib.distributed import SharedTrainer
 from svae_lib.draws import Method, Model
@@ -262,7 +262,7 @@ def run_together(
             record = found[e.name] = _record(e, trainer, dataset, number, reason) | shared
             record["evaluation_seconds"] = round(time.perf_counter() - start, 1)
             if record["status"] == "done":
-                records.write_pictures(folder, e, evaluated(trainer, number), dataset.test.to(chosen).images)
+                pictures.write(folder, e, evaluated(trainer, number), dataset, chosen)
             records.write(folder, record)  # last, for whoever finds it takes the run for finished
         found = distributed.from_first(found)
     return list(found.values())

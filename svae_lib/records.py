@@ -10,21 +10,15 @@ import statistics
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
 
 from svae_lib import __version__
-from svae_lib.data import NATURAL, STACKED, grey
+from svae_lib.data import NATURAL, STACKED
 from svae_lib.errors import UserError
-from svae_lib.metrics import reconstruct
 from svae_lib.mixtures import MIXTURES
-
-if TYPE_CHECKING:
-    from svae_lib.experiment import Experiment
 
 Record = dict[str, Any]
 
@@ -132,29 +126,6 @@ def read_all(dataset: str, folder: Path | None = None) -> list[Record]:
     r"""All records of a dataset, ordered by name."""
     folder = results_folder() if folder is None else folder
     return [read(folder, dataset, path.stem) for path in sorted((folder / dataset).glob("*.json"))]
-
-
-@torch.no_grad()
-def write_pictures(folder: Path, experiment: Experiment, players: nn.ModuleDict, test: Tensor) -> None:
-    r"""NAME.samples.png (8 × 8 decoder means at z ~ p(z)) and NAME.reconstructions.png (x over x̂, 2 × 10).
-
-    Of points it is NAME.draws.npy, 500 draws.
-    """
-    import svae_lib._torchvision  # noqa: F401, I001  (must come before torchvision)
-    from torchvision.utils import save_image
-
-    torch.manual_seed(0)
-    stem = folder / experiment.dataset / experiment.name
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    if test.dim() == 2:
-        draws = players["decoder"](torch.randn(500, experiment.nets.z_dim, device=test.device)).rsample()
-        return np.save(f"{stem}.draws.npy", draws.cpu().numpy())
-    z = torch.randn(64, experiment.nets.z_dim, device=test.device)
-    axis = experiment.nets.axis
-    save_image(axis.back(players["decoder"](z).mean), f"{stem}.samples.png", nrow=8, padding=1)
-    if "encoder" in players:
-        x_hat = reconstruct(players["encoder"], players["decoder"], test[:10], axis)
-        save_image(torch.cat([grey(test[:10]), x_hat]), f"{stem}.reconstructions.png", nrow=10, padding=1)
 
 
 def papers(dataset: str, folder: Path | None = None) -> list[dict[str, Any]]:
