@@ -191,6 +191,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"svae: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` does
+        sys.stdout = open(os.devnull, "w")
     except KeyboardInterrupt:
         print("svae: interrupted; the same command resumes", file=sys.stderr)
         return 130

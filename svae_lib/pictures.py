@@ -70,7 +70,7 @@ def nearest(images: Tensor, among: Tensor) -> Tensor:
 
 
 def interpolate(players: nn.ModuleDict, a: Tensor, b: Tensor, axis: Axis) -> Tensor:
-    r"""Decoder means at (1 − t) μ_φ(a) + t μ_φ(b), t from 0 to 1; uint8 a, b (N, C, H, W) -> grey (N·STEPS, C, H, W)."""
+    r"""Decoder means at (1 − t) μ_φ(a) + t μ_φ(b), 0 ≤ t ≤ 1; uint8 a, b (N, C, H, W) -> grey (N·STEPS, C, H, W)."""
     from_, to = (metrics.proposal(players["encoder"](axis.see(x))).mean for x in (a, b))
     codes = torch.lerp(from_[:, None], to[:, None], torch.linspace(0, 1, STEPS, device=a.device)[None, :, None])
     return axis.back(players["decoder"](codes.flatten(0, 1)).mean)

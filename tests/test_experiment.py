@@ -69,7 +69,8 @@ def test_run_writes_one_record_and_does_not_repeat_it(tmp_path, capsys):
     record = json.loads(path.read_text())
     assert record["status"] == "done" and record["experiment"]["updates"] == 6
     assert set(records.COLUMNS) - {"nll", "bits_per_dim"} <= set(record["metrics"]) and "score" in record["real_data"]
-    assert {p.name.split(".")[1] for p in tmp_path.rglob("*.png")} == {"samples", "reconstructions"}
+    kinds = {"samples", "neighbours", "reconstructions", "interpolations"}
+    assert {p.name.split(".")[1] for p in tmp_path.rglob("*.png")} == kinds
     written = path.stat().st_mtime_ns
     assert cli.main(command) == 0 and path.stat().st_mtime_ns == written
     assert "elbo_grey" in capsys.readouterr().out
