@@ -1,7 +1,8 @@
 r"""`svae bench`: how fast the engine is, as ratios of what was timed side by side, and one record of all of them.
 
 The images are random bytes of MNIST's shape, for no time depends on their values. Whatever is compared is timed in
-turns, in blocks of equal length, in one process; a row is the median over the turns, with the quartiles.
+turns, in blocks of equal length, in one process (`processes` alone starts others); a row is the median over the turns,
+with the quartiles.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from svae_lib import costs, methods, records, rivals
+from svae_lib import costs, methods, records, rivals, scaling
 from svae_lib.costs import SHAPES, Machine
 from svae_lib.data import Dataset, Split, grey
 from svae_lib.device import choose_device, describe
@@ -27,6 +28,7 @@ from svae_lib.timing import (
     Row,
     Step,
     ceilings,
+    dataset,
     in_turns,
     load,
     machine_name,
@@ -49,13 +51,6 @@ class Bench:
 
 
 # What is timed -------------------------------------------------------------------------------------
-
-
-def dataset(name: str, count: int) -> Dataset:
-    r"""`count` random images in the shape of a data set of the papers, and 64 for the diagnostics."""
-    images = torch.randint(256, (count, *SHAPES[name]), dtype=torch.uint8)
-    held_out = Split(images[:64], torch.zeros(64, dtype=torch.long))
-    return Dataset(name, Split(images, torch.zeros(count, dtype=torch.long)), held_out, held_out)
 
 
 def engine(bench: Bench, experiment: Experiment, count: int = 4_096) -> Trainer:
@@ -234,8 +229,13 @@ def _threads(bench: Bench, trainer: Trainer) -> Iterator[Row]:
         torch.set_num_threads(before)
 
 
+def processes(bench: Bench) -> Iterator[Row]:
+    r"""Seconds of an update against the number of processes that train one model."""
+    return scaling.rows(bench.device, bench.effort)
+
+
 GROUPS: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    function.__name__: function for function in (step, trainers, loader, sampling, growth)
+    function.__name__: function for function in (step, trainers, loader, sampling, growth, processes)
 }
 
 # The record ----------------------------------------------------------------------------------------

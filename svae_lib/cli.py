@@ -134,7 +134,9 @@ def parser() -> argparse.ArgumentParser:
         examples:
           svae bench                                    all rows, minutes on an idle machine
           svae bench --quick                            all rows in a minute, roughly; no record
-          svae bench --only growth                      step, trainers, loader, sampling or growth; no record
+          svae bench --only growth                      only these rows; no record
+
+        --only takes step, trainers, loader, sampling, growth or processes.
 
         Nothing else should run meanwhile: the record holds the load at start and end.
         `pip install -e ".[bench]"` brings the trainers of others; without them their rows say how to get them.

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from svae_lib.costs import Machine
+from svae_lib.costs import SHAPES, Machine
+from svae_lib.data import Dataset, Split
 from svae_lib.device import describe, synchronise
 from svae_lib.engine import WARM_UP, Graph
 
@@ -37,6 +38,13 @@ class Effort:
 
 FULL = Effort("full", 9, 0.2, 960, True)
 QUICK = Effort("quick", 3, 0.01, 320, False)
+
+
+def dataset(name: str, count: int) -> Dataset:
+    r"""`count` random images in the shape of a data set of the papers, and 64 for the diagnostics."""
+    images = torch.randint(256, (count, *SHAPES[name]), dtype=torch.uint8)
+    held_out = Split(images[:64], torch.zeros(64, dtype=torch.long))
+    return Dataset(name, Split(images, torch.zeros(count, dtype=torch.long)), held_out, held_out)
 
 
 class Seconds(float):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from svae_lib import bench, cli, costs, rivals, timing
+from svae_lib import bench, cli, costs, rivals, scaling, timing
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
 from svae_lib.timing import Effort
@@ -134,6 +135,37 @@ def test_torchvision_loads_the_same_bytes():
     assert torch.equal(rows.sort(0).values, (images.float() / 255).flatten(1).sort(0).values)
 
 
+# Processes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two processes need two cores")
+def test_two_processes_are_timed_against_one():
+    (found,) = scaling.rows(CPU, TINY)
+    assert found["name"] == "processes: 2 ÷ 1" and found["turns"] == TINY.turns
+    assert 0 < found["low"] <= found["value"] <= found["high"] < math.inf
+    assert set(found["measured"]) == {"1", "2"} and min(found["measured"].values()) > 0
+
+
+def test_processes_that_fail_or_lack_a_core_are_a_row_that_says_why(monkeypatch):
+    launch = scaling.launch
+    monkeypatch.setattr(scaling, "launch", lambda processes, _, effort: launch(processes, "abacus", effort))
+    for cores, reason in ((2, "failed with UserError: device 'abacus' is not available"), (1, "a core or a graphics")):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        (found,) = scaling.rows(CPU, TINY)
+        assert found["name"] == "processes: 2 ÷ 1" and reason in found["reason"]
+
+
+def test_launches_alternate_up_to_the_number_of_cards(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    started = []
+    monkeypatch.setattr(scaling, "launch", lambda processes, *_: started.append(processes) or [1 / processes])
+    found = [*scaling.rows(torch.device("cuda"), timing.FULL)]
+    assert started == [1, 2, 2, 1, 1, 4, 4, 1]
+    assert [(row["name"], row["value"], row["turns"]) for row in found] == [
+        ("processes: 2 ÷ 1", 0.5, 2), ("processes: 4 ÷ 1", 0.25, 2),
+    ]  # fmt: skip
+
+
 # All of it -----------------------------------------------------------------------------------------
 
 
@@ -152,7 +184,8 @@ def test_all_rows_are_measured_recorded_and_shown_on_the_page(monkeypatch, tmp_p
     names = [row["name"] for row in record["rows"]]
     assert len(names) == len(set(names))
     for wanted in ("÷ by hand", "÷ its layers", "FLOP/s ÷ ceiling", "pythae's", "Lightning's", "loader", "sample a1",
-                   "images: 10,000", "batch: 256", "hidden units", "channels", "trained together"):  # fmt: skip
+                   "images: 10,000", "batch: 256", "hidden units", "channels", "trained together",
+                   "processes: 2"):  # fmt: skip
         assert any(wanted in name for name in names), wanted
     printed = capsys.readouterr().out
     assert all(name in printed for name in names)
