@@ -146,7 +146,7 @@ def train_classifier(
         generator = torch.Generator().manual_seed(seed)
         train, epochs = dataset.train.to(device), EPOCHS.get(dataset.name, 20)
         few = data.Split(dataset.validation.images[:2_000], dataset.validation.labels[:2_000]).to(device)
-        optimiser, schedule = net.optimiser(epochs * (len(train) // BATCH))
+        optimiser, schedule = net.optimiser(epochs * batches_in(train))
         parts, start = {"net": net, "optimiser": optimiser, "schedule": schedule}, 0
         if begun is not None and begun.exists():
             start = _resume(parts, generator, read_checkpoint(begun))
@@ -173,10 +173,15 @@ def _smoothed(log_p: Tensor, y: Tensor, smoothing: float) -> Tensor:
     return (1 - smoothing) * F.nll_loss(log_p, y) - smoothing * log_p.mean()
 
 
+def batches_in(train: data.Split) -> int:
+    r"""Whole batches of an epoch; of fewer images than a batch, one of all."""
+    return max(1, len(train) // BATCH)
+
+
 def _shuffled(train: data.Split, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     device = train.labels.device
     order = torch.randperm(len(train), generator=generator).to(device)
-    for rows in order.split(BATCH)[: len(train) // BATCH]:
+    for rows in order.split(BATCH)[: batches_in(train)]:
         yield data.grey(train.take(rows)), train.labels[rows]
 
 

@@ -42,6 +42,9 @@ PROFILES["natural"] = {
     "cpu": PROFILES["images"]["cpu"] | {"iw_samples": 1_000, "iw_images": 20},
     "paper": PROFILES["images"]["paper"],
 }
+PROFILES["large"] = PROFILES["natural"] | {  # an update of A.3 costs seven times as much as one of A.2
+    "cpu": PROFILES["natural"]["cpu"] | {"updates": 500}
+}
 
 # The appendix that fits the size; the critic's MLPs are as wide as its last convolution.
 A2 = {"architecture": "a2", "z_dim": 100, "critic_hidden": 64}
@@ -100,7 +103,8 @@ class Experiment:
         """
         kind_of_data = "points" if dataset in MIXTURES else "images"
         kind_of_nets = "natural" if dataset in data.NATURAL else kind_of_data
-        profiles, settings = PROFILES[kind_of_nets], SETTINGS[kind_of_nets]
+        settings = SETTINGS[kind_of_nets]
+        profiles = PROFILES["large" if DATASETS.get(dataset) is A3 else kind_of_nets]
         for kind, name, known in (
             ("dataset", dataset, data.DATASETS),
             ("method", method, methods.METHODS),

@@ -151,6 +151,14 @@ def test_training_resumes_in_the_same_bits(small, tmp_path):
         assert torch.equal(a, b)
 
 
+def test_fewer_images_than_a_batch_are_one_batch(monkeypatch):
+    patches = data.load("patches64")
+    assert len(patches.train) < classifier.BATCH
+    monkeypatch.setitem(classifier.EPOCHS, "patches64", 2)
+    trained = classifier.train_classifier(patches, CPU)
+    assert torch.isfinite(trained(data.grey(patches.test.images))).all()
+
+
 def test_the_command_trains_once_keeps_a_small_file_and_reports(small, tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match="no classifier of cifar10 yet; run `svae classifier cifar10`"):
         classifier.load_classifier(small, CPU)
