@@ -39,11 +39,11 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
 }
 PROFILES["natural"] = {
     "quick": PROFILES["images"]["quick"] | {"updates": 100, "log_every": 10, "iw_samples": 50, "iw_images": 5},
-    "cpu": PROFILES["images"]["cpu"] | {"iw_samples": 1_000, "iw_images": 20},
+    "cpu": PROFILES["images"]["cpu"] | {"updates": 1_250, "iw_samples": 1_000, "iw_images": 20},
     "paper": PROFILES["images"]["paper"],
 }
 PROFILES["large"] = PROFILES["natural"] | {  # an update of A.3 costs seven times as much as one of A.2
-    "cpu": PROFILES["natural"]["cpu"] | {"updates": 500}
+    "cpu": PROFILES["natural"]["cpu"] | {"updates": 250}
 }
 
 # The appendix that fits the size; the critic's MLPs are as wide as its last convolution.
