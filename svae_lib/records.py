@@ -40,8 +40,8 @@ COLOUR_COLUMNS = {
     "rmse_grey": ("RMSE, levels", 1),
     "l2": ("RMSE, L2", 2),
     "score": ("score", 2),
-    "fcd": ("FCD", 1),
-    "kcd": ("KCD", 2),
+    "fcd": ("FCD", 2),
+    "kcd": ("KCD", 3),
 }  # of natural images
 MODE_COLUMNS = {
     "modes": ("modes", 1),
