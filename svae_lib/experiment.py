@@ -282,7 +282,7 @@ def run_all(experiments: Sequence[Experiment], *options: Any) -> list[records.Re
 def stackable(experiment: Experiment) -> bool:
     r"""Whether seeds of this experiment are trained as one: plain nets on points, and a separable objective."""
     nets = experiment.nets
-    plain = {nets.norm, nets.critic_norm} <= {"none", "batch"} and nets.encoder in ("gaussian", "implicit")
+    plain = {nets.norm, nets.critic_norm} <= {"none", "batch"} and nets.encoder in ("gaussian", "implicit", "planar")
     plain = plain and not (nets.spectral or experiment.training.patience)
     return experiment.dataset in MIXTURES and plain and methods.METHODS[experiment.method].separable
 

@@ -159,22 +159,27 @@ class Zuko(NamedTuple):
 
 
 class PlanarLayers(nn.Module):
-    r"""features (B, width) ↦ `Planar` of `length` layers over `dim` numbers.
+    r"""features (B, width) ↦ `Planar` of `length` layers over `dim` numbers, by a linear layer that starts as its bias.
 
-    width = 0: shared parameters. Otherwise a linear function of the features, zero at the start, is added.
+    With width = 0 all samples share the parameters.
     """
 
     def __init__(self, dim: int, length: int, width: int = 0) -> None:
         super().__init__()
         if dim < 1 or length < 1 or width < 0:
             raise UserError(f"no planar flow has {length} layers over {dim} numbers, made from {width} features")
-        self.sizes = [dim, dim, 1]  # of w, u, b
-        self.shared = nn.Parameter(0.3 * torch.randn(length, 2 * dim + 1))
-        self.own = nn.Parameter(torch.zeros(width, length, 2 * dim + 1)) if width else None
+        self.sizes, self.length = [dim, dim, 1], length  # of w, u, b
+        start = nn.Parameter(0.3 * torch.randn(length * sum(self.sizes)))
+        if width:
+            self.linear = nn.utils.skip_init(nn.Linear, width, len(start))
+            nn.init.zeros_(self.linear.weight)
+            self.linear.bias = start
+        else:
+            self.shared = start
 
     def forward(self, features: Tensor | None = None) -> Planar:
-        own = 0 if self.own is None else torch.tensordot(features.to(self.own.dtype), self.own, 1)
-        w, u, b = (self.shared + own).split(self.sizes, -1)
+        made = self.linear(features).to(self.linear.bias.dtype) if hasattr(self, "linear") else self.shared
+        w, u, b = made.unflatten(-1, (self.length, -1)).split(self.sizes, -1)
         return Planar(w, u, b.squeeze(-1))
 
 

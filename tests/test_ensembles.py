@@ -82,7 +82,7 @@ class Shared:
         return Draws(t.model, self.x, self.z, t.training.weight, *self.noise, runs=t.runs)
 
 
-@pytest.mark.parametrize("name", ["vae", "svae-r", "svae-elbo", "as-vae", "ali", "gan"])
+@pytest.mark.parametrize("name", ["vae", "nf-vae", "svae-r", "svae-elbo", "as-vae", "ali", "gan"])
 @pytest.mark.parametrize("pace, tolerance", [(1.0, 1e-7), (0.1, 1e-3)])  # Adam's ε is felt at another pace
 def test_runs_trained_together_are_those_trained_alone(ring, name, pace, tolerance):
     made = [Experiment.make("ring8", name, seed=s, batch=6, penalty=0.01, ema=0.0) for s in range(3)]
