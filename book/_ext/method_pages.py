@@ -22,7 +22,7 @@ from svae_lib.methods import METHODS
 from svae_lib.mixtures import MIXTURES
 from svae_lib.verify import NUMBER
 
-DATASETS = ("ring8", "grid25", "mnist")  # for which every method has its cells
+DATASETS = ("ring8", "grid25", "mnist", "cifar10")  # for which every method has its cells
 ENCODERS = {
     "gaussian": "Gaussian", "planar": "planar flow", "iaf": "inverse autoregressive flow",
     "implicit": "draws without a density",
