@@ -31,11 +31,11 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def describe(device: torch.device) -> str:
-    r"""A short description for run records, e.g. "cpu, 2 threads" or "cuda, NVIDIA H200"."""
+    r"""A short description for run records, e.g. "cpu, 2 threads", "cpu, 2 threads, no bf16" or "cuda, NVIDIA H200"."""
     if device.type == "cuda":
         return f"cuda, {torch.cuda.get_device_name(device)}"
     if device.type == "cpu":
-        return f"cpu, {torch.get_num_threads()} threads"
+        return f"cpu, {torch.get_num_threads()} threads" + ("" if knows_bf16(device) else ", no bf16")
     return device.type
 
 
@@ -56,6 +56,21 @@ def synchronise(device: torch.device) -> None:
 
 
 # Precision --------------------------------------------------------------------------------
+
+
+def knows_bf16(device: torch.device) -> bool:
+    r"""Whether bf16 is multiplied by the device itself, and not imitated. Among x86 processors AVX-512 decides."""
+    if device.type == "cpu":
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def usable(precision: str, device: torch.device) -> str:
+    r"""What a run that asks for `precision` is computed in: fp32 instead of a bf16 that the device would imitate.
+
+    On a processor with AVX2 alone an update of A.1 took 7.5 times as long in imitated bf16 as in fp32, of A.2 10 times.
+    """
+    return "fp32" if precision == "bf16" and not knows_bf16(device) else precision
 
 
 @contextmanager

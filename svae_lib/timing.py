@@ -18,7 +18,7 @@ import torch
 
 from svae_lib.costs import SHAPES, Machine
 from svae_lib.data import Dataset, Split
-from svae_lib.device import describe, synchronise
+from svae_lib.device import describe, knows_bf16, synchronise
 from svae_lib.engine import WARM_UP, Graph
 
 Step = Callable[[], object]
@@ -110,14 +110,15 @@ def ceilings(device: torch.device, effort: Effort) -> Machine:
 
     functions = {
         "fp32": lambda: a @ a,
-        "bf16": lambda: half @ half,
         "copy": lambda: copy.copy_(big),
         "overhead": Graph(additions, device) if device.type == "cuda" else additions,
     }
+    if knows_bf16(device):
+        functions["bf16"] = lambda: half @ half
     best = {name: float(seconds.min()) for name, seconds in in_turns(functions, device, effort).items()}
     flops = 2 * side**3
     return Machine(
-        describe(device), flops / best["fp32"], flops / best["bf16"], 2 * big.nbytes / best["copy"],
+        describe(device), flops / best["fp32"], flops / best["bf16"] if "bf16" in best else None, 2 * big.nbytes / best["copy"],
         best["overhead"] / 1_000,
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from svae_lib import bench, cli, costs, rivals, scaling, timing
+from svae_lib.device import describe, knows_bf16
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
 from svae_lib.timing import Effort
@@ -58,7 +59,7 @@ def test_a_row_holds_median_and_quartiles():
 
 def test_ceilings_are_rates_of_this_machine():
     machine = timing.ceilings(CPU, TINY)
-    assert machine.name == f"cpu, {torch.get_num_threads()} threads"
+    assert machine.name == describe(CPU) and (machine.bf16 is not None) == knows_bf16(CPU)
     assert 1e8 < machine.fp32 < 1e15 and 1e8 < machine.bandwidth < 1e13 and 1e-9 < machine.overhead < 1e-2
 
 

@@ -3,6 +3,7 @@
 import gc
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from svae_lib import commands, data, engine, experiment, memory, train
+from svae_lib import device as devices
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
 from svae_lib.methods import METHODS
@@ -177,7 +179,8 @@ def test_peak_memory_is_measured():
 # Precision --------------------------------------------------------------------------------
 
 
-def test_bf16_and_fp32_reach_the_same_objective():
+def test_bf16_and_fp32_reach_the_same_objective(monkeypatch):
+    monkeypatch.setattr(experiment, "usable", lambda precision, device: precision)  # imitated bf16 will do here
     ends = {}
     for precision in ("fp32", "bf16"):
         changes = {"updates": 150, "batch": 64, "log_every": 150, "precision": precision, "hidden": 16, "lr": 1e-2}
@@ -192,6 +195,16 @@ def test_bf16_and_fp32_reach_the_same_objective():
     assert not torch.equal(a, b), "bf16 was used"
     error = ((a.var() + b.var()) / len(a)).sqrt()
     assert abs(a.mean() - b.mean()) < 4 * error, (a.mean(), b.mean(), error)
+
+
+@pytest.mark.parametrize(("known", "wanted"), [(False, "fp32"), (True, "bf16")])
+def test_bf16_is_used_where_it_is_not_imitated(monkeypatch, known, wanted):
+    monkeypatch.setattr(devices, "knows_bf16", lambda device: known)
+    made = Experiment.make("ring8", "vae", precision="bf16", updates=1, hidden=4)
+    trainer = experiment.prepare(made, data.load("ring8"), CPU)
+    assert trainer.training == replace(made.training, precision=wanted)
+    assert devices.describe(CPU).endswith("threads" if known else "no bf16")
+    assert [devices.usable(other, CPU) for other in ("fp32", "tf32")] == ["fp32", "tf32"]
 
 
 @torch.no_grad()
