@@ -288,7 +288,8 @@ def _one_thread(device: torch.device, effort: Effort) -> list[dict[str, Any]]:
 
 def _in_words(machine: Machine) -> str:
     bf16 = f", {machine.bf16 / 1e12:.3g} bf16" if machine.bf16 else ""
-    return f"{machine.fp32 / 1e12:.3g} TFLOP/s fp32{bf16}, {machine.bandwidth / 1e9:.3g} GB/s, {1e6 * machine.overhead:.2g} µs an operator"
+    rates = f"{machine.fp32 / 1e12:.3g} TFLOP/s fp32{bf16}"
+    return f"{rates}, {machine.bandwidth / 1e9:.3g} GB/s, {1e6 * machine.overhead:.2g} µs an operator"
 
 
 def line(found: Row) -> str:

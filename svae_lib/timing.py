@@ -117,10 +117,9 @@ def ceilings(device: torch.device, effort: Effort) -> Machine:
         functions["bf16"] = lambda: half @ half
     best = {name: float(seconds.min()) for name, seconds in in_turns(functions, device, effort).items()}
     flops = 2 * side**3
-    return Machine(
-        describe(device), flops / best["fp32"], flops / best["bf16"] if "bf16" in best else None, 2 * big.nbytes / best["copy"],
-        best["overhead"] / 1_000,
-    )  # fmt: skip
+    bf16 = flops / best["bf16"] if "bf16" in best else None
+    bandwidth, overhead = 2 * big.nbytes / best["copy"], best["overhead"] / 1_000
+    return Machine(describe(device), flops / best["fp32"], bf16, bandwidth, overhead)
 
 
 def machine_name(device: torch.device) -> str:
