@@ -31,6 +31,8 @@ COLUMNS = {  # metric in a record -> heading, decimals
     "rmse_grey": ("RMSE, levels", 1),
     "l2": ("RMSE, L2", 2),
     "score": ("score", 2),
+    "fcd": ("FCD", 2),
+    "kcd": ("KCD", 3),
 }
 COLOUR_COLUMNS = {
     "bits_closed": ("bits/dim, closed", 2),
