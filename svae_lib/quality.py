@@ -7,6 +7,7 @@ KID, and not comparable with those. Real data and known degradations, measured a
 
 from __future__ import annotations
 
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,6 +17,7 @@ from svae_lib import data, ipm, metrics
 from svae_lib.classifier import Classifier, accuracy, load_classifier
 from svae_lib.errors import UserError
 from svae_lib.metrics import Metric
+from svae_lib.records import Record
 
 REFERENCE = 10_000  # training images that distances are measured to: the first ones, at most half of all
 SUBSETS, SUBSET_SIZE = 100, 1_000  # of the kernel distance (Bińkowski et al. 2018)
@@ -116,6 +118,14 @@ class Images(Dataset):
 
 # Calibration --------------------------------------------------------------------------------------------
 
+RULER = {  # what is measured of each classifier -> in words
+    "train": "real, other training images",
+    "test": "real, test images",
+    "blur": "test, blurred by 3 × 3",
+    "noise": "test, noise of 0.1",
+    "class_missing": "test, one class missing",
+}
+
 
 def blur(images: Tensor) -> Tensor:
     r"""Every number the mean of its 3 × 3 neighbours; uint8 -> uint8."""
@@ -137,18 +147,23 @@ def calibrate(dataset: data.Dataset, device: torch.device) -> dict:
     net, test = load_classifier(dataset, device), dataset.test.to(device)
     real = features(net, reference(dataset, device))
     others = torch.arange(len(real), min(len(real) + len(test), len(dataset.train)))
-    rows = {
-        "train": dataset.train.take(others).to(device),
-        "test": test.images,
-        "blur": blur(test.images),
-        "noise": noise(test.images),
-        "class_missing": test.images[test.labels != 0],
-    }
+    train = dataset.train.take(others).to(device)
+    rows = (train, test.images, blur(test.images), noise(test.images), test.images[test.labels != 0])
     found = {
-        f"{name}_{key}": value for name, images in rows.items() for key, value in quality(net, images, real).items()
+        f"{name}_{key}": value
+        for name, images in zip(RULER, rows, strict=True)
+        for key, value in quality(net, images, real).items()
     }
     splits = {"validation": dataset.validation.to(device), "test": test}
     for name, split in splits.items():
         hits = accuracy(net, split)
         found[f"{name}_accuracy"] = {"value": hits, "se": (hits * (1 - hits) / len(split)) ** 0.5, "n": len(split)}
     return {"name": f"classifier-{dataset.name}", "dataset": dataset.name, "metrics": found}
+
+
+def ruler(report: Record) -> pd.DataFrame:
+    r"""The rows of `calibrate` as a table: what the numbers of models are to be held against."""
+    decimals = {"score": 2, "fcd": 2, "kcd": 3}
+    of = {row: [report["metrics"][f"{row}_{key}"]["value"] for key in decimals] for row in RULER}
+    table = pd.DataFrame(of, index=list(decimals)).T.round(decimals)
+    return table.rename(index=RULER, columns={"fcd": "FCD", "kcd": "KCD"})

@@ -171,6 +171,9 @@ def test_the_command_trains_once_keeps_a_small_file_and_reports(small, tmp_path,
     assert report["metrics"]["class_missing_score"]["value"] == pytest.approx(1.0, abs=0.05)
     assert report["metrics"]["test_score"]["value"] > report["metrics"]["class_missing_score"]["value"] + 0.1
     assert report["metrics"]["noise_fcd"]["value"] > report["metrics"]["test_fcd"]["value"]
+    shown = quality.ruler(report)
+    assert list(shown.columns) == ["score", "FCD", "KCD"] and list(shown.index) == list(quality.RULER.values())
+    assert shown.loc["test, noise of 0.1", "FCD"] == round(report["metrics"]["noise_fcd"]["value"], 2)
     written = kept.stat().st_mtime_ns
     assert cli.main(command) == 0 and kept.stat().st_mtime_ns == written
     assert capsys.readouterr().out.count("test_accuracy") == 2
