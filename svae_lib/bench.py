@@ -98,7 +98,7 @@ def step(bench: Bench) -> Iterator[Row]:
 
 def _achieved(bench: Bench, experiment: Experiment, seconds: np.ndarray) -> Iterator[Row]:
     cost, machine, name = costs.cost(experiment, SHAPES[experiment.dataset]), bench.machine, label(experiment)
-    rate = machine.bf16 if experiment.training.precision == "bf16" else machine.fp32
+    rate = (experiment.training.precision == "bf16" and machine.bf16) or machine.fp32
     flops, traffic = (cost.batch * per_image / seconds for per_image in (cost.flops, cost.bytes))
     yield row(f"{name}: FLOP/s ÷ ceiling", flops / rate, **{"FLOP/s": np.median(flops)})
     yield row(f"{name}: bytes/s ÷ ceiling", traffic / machine.bandwidth, **{"bytes/s": np.median(traffic)})
