@@ -61,7 +61,7 @@ def synchronise(device: torch.device) -> None:
 def knows_bf16(device: torch.device) -> bool:
     r"""Whether bf16 is multiplied by the device itself, and not imitated. Among x86 processors AVX-512 decides."""
     if device.type == "cpu":
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
