@@ -25,7 +25,7 @@ from svae_lib.device import usable
 from svae_lib.errors import UserError
 from svae_lib.records import results_folder
 
-EPOCHS = {"mnist": 12, "digits": 60, "cifar10": 30, "tiny_imagenet": 30, "imagenet64": 3}
+EPOCHS = {"mnist": 12, "digits": 60, "cifar10": 30, "tiny_imagenet": 12, "imagenet64": 3}
 BATCH = 128
 
 
