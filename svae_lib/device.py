@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from svae_lib.errors import UserError
+from svae_lib.memory import keep_freed
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 ENGINES = ("auto", "eager")
@@ -27,6 +28,8 @@ def choose_device(name: str = "auto") -> torch.device:
     if name.startswith("cuda"):
         _tf32(False)  # PyTorch's own default rounds convolutions: here fp32 means fp32
         torch.backends.cudnn.benchmark = True  # shapes never change: the fastest algorithm is timed once
+    if name == "cpu":
+        keep_freed()
     return torch.device(name)
 
 

@@ -1,7 +1,9 @@
-r"""How much memory an update needs, and which batch would fit."""
+r"""How much memory an update needs, which batch would fit, and who keeps what is freed."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -10,6 +12,35 @@ from pathlib import Path
 import torch
 
 USABLE = 0.9  # of all there is; the rest is lost between blocks
+
+# What is freed ---------------------------------------------------------------------------------------
+
+MMAP_MAX, TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
+
+
+def keep_freed() -> None:
+    r"""Let this process keep memory that was freed, for whatever asks next, instead of returning it to the system.
+
+    An update frees and asks for the same tens of megabytes again and again, and the system would hand them out page by
+    page, each filled with zeros first: 4,000 to 7,000 pages for the VAE of A.1, and a quarter of its time on one core.
+    The most that is held at once stays the same. Where the C library is not glibc nothing happens.
+    """
+    if set_option := getattr(_glibc(), "mallopt", None):
+        set_option(MMAP_MAX, 0)
+        set_option(TRIM_THRESHOLD, -1)
+
+
+def return_freed() -> None:
+    r"""Return to the system, once, what `keep_freed` has kept."""
+    if trim := getattr(_glibc(), "malloc_trim", None):
+        trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+# What is needed --------------------------------------------------------------------------------------
 
 
 def ran_out(error: RuntimeError) -> bool:
@@ -52,6 +83,7 @@ def peak(work: Callable[[], None], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device)
+    return_freed()  # or it would count as held
     with suppress(OSError):  # not Linux, or not permitted
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     work()

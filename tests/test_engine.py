@@ -1,6 +1,8 @@
 """The update as the device sees it: no waiting, no growth, one sentence when memory ends, and CUDA's graph."""
 
 import gc
+import platform
+import resource
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -101,6 +103,24 @@ def test_nothing_is_left_behind_by_2000_updates():
     tensors_now, after = resident()
     assert tensors_now < tensors + 100
     assert after - before < 8e6, "4 kB an update"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep what is freed")
+def test_freed_memory_is_kept_until_it_is_returned():
+    devices.choose_device("cpu")
+
+    def faults():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    torch.ones(10_000_000)  # 9,766 pages
+    before = faults()
+    for _ in range(5):
+        torch.ones(10_000_000)
+    assert faults() - before < 5_000
+    memory.return_freed()
+    before = faults()
+    torch.ones(10_000_000)
+    assert faults() - before > 5_000
 
 
 def test_the_average_is_that_of_pytorch_and_takes_a_tensor():
