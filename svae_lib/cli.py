@@ -190,6 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")
     try:
         args.function(args)
+        sys.stdout.flush()
     except UserError as error:
         print(f"svae: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,9 @@
 """Experiments, records and the command line, as a user meets them."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -117,6 +120,17 @@ def test_methods_lists_every_method(capsys):
     assert cli.main(["methods"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in ("vae", "svae", "svae-r", "svae-exact", "S14", "S29"))
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_who_has_seen_enough_is_no_error(unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "svae_lib", "methods"]
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE,
+                           env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 def test_data_says_where(capsys):
