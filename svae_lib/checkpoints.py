@@ -2,20 +2,18 @@ r"""Files that hold the state of a run, or the weights of a classifier: whole or
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
 from svae_lib.errors import UserError
+from svae_lib.files import whole
 
 
 def write_checkpoint(state: dict, path: Path) -> None:
     r"""Write `state` to `path` so that the file is always whole: the old one, or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    torch.save(state, new)
-    os.replace(new, path)
+    with whole(path) as new:
+        torch.save(state, new)
 
 
 def read_checkpoint(path: Path) -> dict:

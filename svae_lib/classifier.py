@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +24,7 @@ from svae_lib import data
 from svae_lib.checkpoints import read_checkpoint, write_checkpoint
 from svae_lib.device import usable
 from svae_lib.errors import UserError
+from svae_lib.files import whole
 from svae_lib.records import results_folder
 
 EPOCHS = {"mnist": 12, "digits": 60, "cifar10": 30, "tiny_imagenet": 12, "imagenet64": 3}
@@ -210,20 +212,20 @@ def kept_file(name: str) -> Path:
 def keep(net: Classifier, name: str) -> Path:
     r"""Write the weights in half precision, which costs no accuracy; returns the path."""
     path = kept_file(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {key: v.half() if v.is_floating_point() else v for key, v in net.state_dict().items()}
-    save_file({key: v.cpu().contiguous() for key, v in state.items()}, path)
+    with whole(path) as new:
+        save_file({key: v.cpu().contiguous() for key, v in state.items()}, new)
     return path
 
 
-def cached_file(name: str, seed: int) -> Path:
+def cached_file(name: str) -> Path:
     r"""Where the user's own classifier of a dataset is, or will be."""
-    return data.cache() / f"classifier-{name}-{seed}.pt"
+    return data.cache() / f"classifier-{name}.pt"
 
 
 def make_classifier(dataset: data.Dataset, device: torch.device, say: Callable[[int, int, float], None]) -> None:
     r"""Train the classifier of a dataset, unless there is one; resumes after the last whole epoch."""
-    cached = cached_file(dataset.name, 0)
+    cached = cached_file(dataset.name)
     if kept_file(dataset.name).exists() or cached.exists():
         return
     begun = cached.with_suffix(".begun.pt")
@@ -235,19 +237,22 @@ def make_classifier(dataset: data.Dataset, device: torch.device, say: Callable[[
     begun.unlink()
 
 
-def load_classifier(dataset: data.Dataset, device: torch.device, seed: int = 0) -> Classifier:
+def load_classifier(dataset: data.Dataset, device: torch.device) -> Classifier:
     r"""The classifier of this dataset: the kept one, the cached one, or, if that takes minutes, one trained now.
 
     Raises UserError if there is none and training takes longer.
     """
-    path = cached_file(dataset.name, seed)
-    if not seed and kept_file(dataset.name).exists():
-        state = load_file(kept_file(dataset.name))
+    kept, path = kept_file(dataset.name), cached_file(dataset.name)
+    if kept.exists():
+        try:
+            state = load_file(kept)
+        except SafetensorError:
+            raise UserError(f"{kept} is damaged; have git restore it, or delete it and train it again") from None
     else:
         if not path.exists():
             if dataset.name in KEPT:
                 raise UserError(f"there is no classifier of {dataset.name} yet; run `svae classifier {dataset.name}`")
-            write_checkpoint(train_classifier(dataset, device, seed).state_dict(), path)
+            write_checkpoint(train_classifier(dataset, device).state_dict(), path)
         state = read_checkpoint(path)
     net = new_classifier(dataset)
     net.load_state_dict(state)

@@ -21,6 +21,8 @@ def run_command(args: argparse.Namespace) -> None:
     from svae_lib import distributed, experiment, records
 
     changes = dict(pair_of(text) for text in args.set)
+    for key in {"dataset", "method", "profile", "setting", "seed"} & changes.keys():
+        raise UserError(f"{key} is no key of --set; it is an argument of its own, see `svae run --help`")
     make = partial(experiment.Experiment.make, args.dataset, args.method, args.profile, args.setting, **changes)
     chosen = [make(seed=seed) for seed in args.seed]
     folder = args.results or records.results_folder()
@@ -68,7 +70,7 @@ def bounds_command(args: argparse.Namespace) -> None:
     from svae_lib import bounds, data, records
     from svae_lib.device import describe
 
-    record = bounds.compute(data.load(args.dataset))
+    record = bounds.compute(data.load_images(args.dataset))
     record["environment"] = records.environment(describe(torch.device("cpu")))
     print_metrics(record)
     print(f"record: {records.write_report(args.results or records.results_folder(), record)}")
@@ -92,7 +94,7 @@ def classifier_command(args: argparse.Namespace) -> None:
     def say(epoch: int, epochs: int, accuracy: float) -> None:
         print(f"epoch {epoch} of {epochs}: {accuracy:.3f} of the validation images tried", flush=True)
 
-    dataset, device = data.load(args.dataset), choose_device(args.device)
+    dataset, device = data.load_images(args.dataset), choose_device(args.device)
     folder = args.results or records.results_folder()
     report = records.read_report(f"classifier-{dataset.name}", folder)
     if report is None:

@@ -147,6 +147,13 @@ def load(name: str) -> Dataset:
     return DATASETS[name]()
 
 
+def load_images(name: str) -> Dataset:
+    r"""The same, for what points have not. Raises UserError for points, too."""
+    if name in MIXTURES:
+        raise UserError(f"{name} holds points, and this needs images")
+    return load(name)
+
+
 def fetch(name: str) -> str:
     r"""Find, or download where that is allowed, convert, and verify a dataset; says where it is and how big."""
     if name in ON_DISK:
@@ -224,17 +231,24 @@ def _mnist() -> Dataset:
     )
 
 
+def _way_to(name: str) -> str:
+    """What to do about files that are not there: nothing is ever downloaded into a folder of the user's own."""
+    if os.environ.get("SVAE_DATA"):
+        return f"put it there, or unset SVAE_DATA and run `svae data {name}`"
+    return f"run `svae data {name}`, or set SVAE_DATA"
+
+
 def _read_idx(folder: Path, name: str) -> Tensor:
     """One idx file, plain or gzipped, verified before it is used."""
     plain, zipped = folder / name, folder / f"{name}.gz"
     try:
         content = plain.read_bytes() if plain.exists() else gzip.decompress(zipped.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"MNIST is not in {folder.parent.parent}; run `svae data mnist`, or set SVAE_DATA") from None
+        raise UserError(f"MNIST is not in {folder.parent.parent}; {_way_to('mnist')}") from None
     except (OSError, EOFError, gzip.zlib.error):
-        raise UserError(f"{zipped} cannot be unpacked; delete it and run `svae data mnist`") from None
+        raise UserError(f"{zipped} cannot be unpacked; delete it and {_way_to('mnist')}") from None
     if hashlib.md5(content).hexdigest() != MNIST_MD5[name]:
-        raise UserError(f"{folder / name} has the wrong checksum; delete it and run `svae data mnist`")
+        raise UserError(f"{folder / name} has the wrong checksum; delete it and {_way_to('mnist')}")
     dims = content[3]
     shape = np.frombuffer(content, ">i4", dims, 4)
     array = np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
@@ -254,9 +268,9 @@ def _read_batch(path: Path) -> Split:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"CIFAR-10 is not in {path.parent.parent}; run `svae data cifar10`, or set SVAE_DATA") from None
+        raise UserError(f"CIFAR-10 is not in {path.parent.parent}; {_way_to('cifar10')}") from None
     if hashlib.md5(content).hexdigest() != CIFAR10_MD5[path.name]:
-        raise UserError(f"{path} has the wrong checksum; delete it and run `svae data cifar10`")
+        raise UserError(f"{path} has the wrong checksum; delete it and {_way_to('cifar10')}")
     batch = Arrays(io.BytesIO(content), encoding="bytes").load()
     images = torch.from_numpy(batch[b"data"].reshape(-1, 3, 32, 32).copy())
     return Split(images, torch.tensor(batch[b"labels"]))

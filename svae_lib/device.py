@@ -19,16 +19,17 @@ def choose_device(name: str = "auto") -> torch.device:
 
     Raises UserError if the device does not exist on this machine.
     """
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    if not available.get(name.split(":")[0], False):
-        usable = ", ".join(kind for kind, there in available.items() if there)
+        name = next(kind for kind in ("cuda", "mps", "cpu") if count[kind])
+    kind, _, index = name.partition(":")
+    if not (index or "0").isdecimal() or int(index or 0) >= count.get(kind, 0):
+        usable = ", ".join(kind for kind, there in count.items() if there)
         raise UserError(f"device '{name}' is not available here; choose auto or one of: {usable}")
-    if name.startswith("cuda"):
+    if kind == "cuda":
         _tf32(False)  # PyTorch's own default rounds convolutions: here fp32 means fp32
         torch.backends.cudnn.benchmark = True  # shapes never change: the fastest algorithm is timed once
-    if name == "cpu":
+    if kind == "cpu":
         keep_freed()
     return torch.device(name)
 

@@ -13,6 +13,7 @@ from svae_lib.autoregressive import PixelModel
 from svae_lib.classifier import accuracy, load_classifier
 from svae_lib.data import STACKED, Axis, Cells, Dataset, Grey, load
 from svae_lib.densities import Point
+from svae_lib.errors import UserError
 from svae_lib.mixtures import MIXTURES, Mixture
 
 Metrics = dict[str, metrics.Metric]
@@ -27,6 +28,12 @@ class Evaluation:
     iw_samples: int = 5_000  # K
     iw_images: int = 1_000  # images on which the gap to the ELBO is measured
     inception: bool = False  # also the published IS, FID and KID of colour images, whose weights are then downloaded
+
+    def __post_init__(self) -> None:
+        least = {"score_samples": 2, "pixelwise_samples": 2, "iw_samples": 1, "iw_images": 2}  # or no spread
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise UserError(f"{name} must be at least {value}, not {getattr(self, name)}")
 
 
 def evaluate(

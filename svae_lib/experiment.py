@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from svae_lib import data, distributed, evaluation, methods, metrics, pictures, records
+from svae_lib import data, distributed, evaluation, methods, metrics, pictures, quality, records
 from svae_lib.device import choose_device, describe, usable
 from svae_lib.distributed import SharedTrainer
 from svae_lib.draws import Method, Model
@@ -125,8 +125,8 @@ class Experiment:
 
     def _with(self, key: str, value: Any) -> Experiment:
         for part in ("nets", "training", "evaluation"):
-            old = getattr(getattr(self, part), key, None)
-            if old is not None:
+            if key in {f.name for f in fields(getattr(self, part))}:
+                old = getattr(getattr(self, part), key)
                 return replace(self, **{part: replace(getattr(self, part), **{key: _typed(key, value, type(old))})})
         raise UserError(f"unknown key '{key}'; choose one of: {', '.join(keys())}")
 
@@ -161,11 +161,12 @@ def _typed(key: str, value: Any, kind: type) -> Any:
     """`value` as `kind`; strings come from the command line."""
     try:
         converted = {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(value)
-        if isinstance(value, str) or converted == value:
+        if (isinstance(value, str) or converted == value) and math.isfinite(converted if kind is float else 0):
             return converted
     except (TypeError, ValueError, KeyError):
         pass
-    raise UserError(f"{key} must be of type {kind.__name__}, not '{value}'") from None
+    wanted = "a finite number" if kind is float else f"of type {kind.__name__}"
+    raise UserError(f"{key} must be {wanted}, not '{value}'")
 
 
 def prepare(experiment: Experiment, dataset: data.Dataset, device: torch.device) -> Trainer:
@@ -248,9 +249,13 @@ def run_together(
     missing = [e for e in experiments if found[e.name] is None]
     if missing:
         chosen = distributed.join(choose_device(device))
-        dataset = data.load(missing[0].dataset)
+        first = missing[0]
+        dataset = data.load(first.dataset)
         trainer = prepare_together(missing, dataset, chosen)
-        shared = {"environment": records.environment(describe(chosen))}
+        trainer.environment = records.environment(describe(chosen))
+        shared: records.Record = {}
+        if first.evaluation.inception:
+            quality.inception_is_possible(dataset.shape)
         if trainer.writes:
             shared["real_data"] = evaluation.real_data(dataset, chosen)
         reason = ""
@@ -258,8 +263,8 @@ def run_together(
             trainer.fit(checkpoint(missing), on_log)
         except Diverged as error:
             reason = str(error)
-        shared |= {"history": trainer.history, "seconds": round(trainer.seconds / len(missing), 1)}
-        shared["engine"] = trainer.engine
+        shared |= {"environment": trainer.environment, "history": trainer.history, "engine": trainer.engine}
+        shared["seconds"] = round(trainer.seconds / len(missing), 1)
         shared |= {"together": len(missing)} if len(missing) > 1 else {}
         shared |= {"processes": distributed.count()} if distributed.count() > 1 else {}
         for number, e in enumerate(missing if trainer.writes else ()):
@@ -298,7 +303,8 @@ def finished(experiment: Experiment, folder: Path) -> records.Record | None:
     done = records.read(folder, experiment.dataset, experiment.name)
     flat = experiment.flat()  # a key that is newer than the record had its present default
     if done is not None and done["experiment"] != {key: flat.get(key) for key in done["experiment"]}:
-        raise UserError(f"record {experiment.name} was made with other defaults; delete it to run again")
+        both = f"{records.path(folder, experiment.dataset, experiment.name)} and {checkpoint([experiment])}"
+        raise UserError(f"record {experiment.name} was made with other defaults; to run again delete {both}")
     return done
 
 

@@ -65,6 +65,8 @@ class Nets:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.instance_noise < 0:
+            raise UserError(f"instance_noise must not be negative, not {self.instance_noise}")
 
     @property
     def axis(self) -> Axis:

@@ -28,6 +28,7 @@ from typing import Any
 from svae_lib import __version__
 from svae_lib.device import choose_device, describe
 from svae_lib.errors import UserError
+from svae_lib.files import whole
 
 ROOT = Path(__file__).resolve().parent.parent
 CHOICES = re.compile(r"(\w+(?:, \w+)* or \w+)(?::.*)?")  # the comment of a text that has a few allowed values
@@ -257,10 +258,8 @@ def with_outputs(chapter: Path) -> Any:
 def _write(notebook: Any, path: Path) -> None:
     import nbformat
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    nbformat.write(notebook, part)
-    os.replace(part, path)
+    with whole(path) as new:
+        nbformat.write(notebook, new)
 
 
 def store(root: Path = ROOT) -> None:

@@ -9,7 +9,6 @@ The header holds what rebuilds the nets: the experiment, the shape of an image, 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from svae_lib.device import choose_device
 from svae_lib.errors import UserError
 from svae_lib.evaluation import Evaluation
 from svae_lib.experiment import Experiment, checkpoint
+from svae_lib.files import whole
 from svae_lib.methods import METHODS
 from svae_lib.mixtures import MIXTURES
 from svae_lib.models import build_model
@@ -200,8 +200,6 @@ def _write(weights: dict[str, Tensor], header: dict[str, str], file: Path) -> Pa
         raise UserError(f"{file.stem} would take {size:.1f} MB, and a kept model may take {FILE_MB}")
     if size + others > ALL_MB:
         raise UserError(f"{file.parent} would grow to {size + others:.1f} MB, above {ALL_MB}; delete a model from it")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_suffix(".new")
-    new.write_bytes(content)
-    os.replace(new, file)
+    with whole(file) as new:
+        new.write_bytes(content)
     return file

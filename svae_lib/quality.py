@@ -7,6 +7,8 @@ KID, and not comparable with those. Real data and known degradations, measured a
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pandas as pd
 import torch
 from torch import Tensor
@@ -76,17 +78,23 @@ def quality(net: Classifier, images: Tensor, real: Tensor) -> dict[str, Metric]:
     return {"score": metrics.classifier_score(net, images), "fcd": fcd, "kcd": kernel_distance(made, real)}
 
 
+def inception_is_possible(shape: tuple[int, ...]) -> None:
+    r"""Raises UserError where `inception` would fail after the training: without colours, or without the package."""
+    if shape[0] != 3 or len(shape) != 3:
+        raise UserError("inception=true needs colour images; leave it off")
+    if find_spec("torch_fidelity") is None:
+        raise UserError("inception=true needs torch-fidelity; run `pip install torch-fidelity`")
+
+
 def inception(images: Tensor, real: Tensor) -> dict[str, Metric]:
     r"""The published measures, by torch-fidelity and the Inception weights of 2015-12-05: `is`, `fid` and `kid`.
 
     uint8 (N, 3, H, W) and the real images that the distances are to. Raises UserError without the package or weights.
     """
-    import svae_lib._torchvision  # noqa: F401  (must come before torchvision)
+    inception_is_possible(tuple(images.shape[1:]))
+    import svae_lib._torchvision  # noqa: F401, I001  (must come before torchvision)
+    import torch_fidelity
 
-    try:
-        import torch_fidelity
-    except ImportError:
-        raise UserError("inception=true needs torch-fidelity; run `pip install torch-fidelity`") from None
     sizes = {"kid_subset_size": min(SUBSET_SIZE, len(images), len(real)), "cuda": images.device.type == "cuda"}
     try:
         found = torch_fidelity.calculate_metrics(

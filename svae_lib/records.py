@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import statistics
 import subprocess
@@ -18,6 +17,7 @@ import torch
 from svae_lib import __version__
 from svae_lib.data import NATURAL, STACKED
 from svae_lib.errors import UserError
+from svae_lib.files import whole
 from svae_lib.mixtures import MIXTURES
 
 Record = dict[str, Any]
@@ -61,17 +61,24 @@ def results_folder() -> Path:
 
 def environment(device: str) -> dict[str, str]:
     r"""What the numbers may depend on besides the experiment."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True).stdout.strip()
+    changed = "+changes" if _git("status", "--porcelain", ".") else ""
     return {
-        "commit": (commit or "unknown") + ("+changes" if changed else ""),
+        "commit": (_git("rev-parse", "--short=12", "HEAD") or "unknown") + changed,
         "version": __version__,
         "device": device,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # more than a string, which a checkpoint may not hold
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the library's folder; nothing where there is no git, or no clone."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def path(folder: Path, dataset: str, name: str) -> Path:
@@ -85,10 +92,8 @@ def write(folder: Path, record: Record) -> Path:
 
 
 def _write(path: Path, record: Record) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    with whole(path) as new:
+        new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path
 
 

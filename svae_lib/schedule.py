@@ -10,7 +10,6 @@ stopped goes on from the checkpoint in the user's cache; a run that fails stops 
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import statistics
@@ -197,13 +196,16 @@ def work(
     end = time.monotonic() + 60 * minutes
     waiting = [run for run in chosen if run.missing(folder)]
     running: dict[subprocess.Popen, Run] = {}
+    cards: dict[subprocess.Popen, int | None] = {}
     failed: dict[Run, str] = {}
-    costs, cards = _costs(waiting, folder), itertools.cycle(range(torch.cuda.device_count()))
+    costs = _costs(waiting, folder)
     try:
         while (left := end - time.monotonic()) > 0:
             while len(running) < jobs and (run := _first_that_fits(waiting, costs, left)):
                 waiting.remove(run)
-                running[_start(run, folder, device, jobs, next(cards, None))] = run
+                card = _freest_card(device, [cards[process] for process in running])
+                process = _start(run, folder, device, jobs, card)
+                running[process], cards[process] = run, card
                 say(f"start   svae {' '.join(run.arguments)}")
             if not running:
                 break
@@ -220,8 +222,15 @@ def work(
         for process, run in running.items():
             process.terminate()
             process.wait()
-            say(f"stopped {run.name}, to be resumed")
+            stopped = f"stopped {run.name}, to be resumed"
+            say(stopped if run.missing(folder) else f"{state(run, folder):<8}{run.name}")
     return failed
+
+
+def _freest_card(device: str, taken: Sequence[int | None]) -> int | None:
+    """The CUDA device with the fewest runs on it; None where the user chose one, or there is none."""
+    count = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    return min(range(count), key=taken.count, default=None)
 
 
 def _costs(waiting: Sequence[Run], folder: Path) -> dict[Run, float | None]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from svae_lib import data, experiment, records
 from svae_lib.device import choose_device, describe
+from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
 from svae_lib.mixtures import MIXTURES
 
@@ -53,6 +54,8 @@ def sweep(
     name = f"sweep-{dataset}-{method}"
     fresh = {"name": name, "dataset": dataset, "method": method, "budget": BUDGET, "rows": []}
     record = records.read_report(name, folder) or fresh
+    if record["budget"] != BUDGET:
+        raise UserError(f"{name} was made with another budget; delete its file in {folder} to run it again")
     known = [row["set"] for row in record["rows"]]
     device, lists = choose_device("cpu"), list(settings())
     for chosen in lists:

@@ -52,11 +52,15 @@ class Training:
         for name in ("updates", "batch", "critic_steps", "log_every", "lr", "critic_lr"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("weight", "penalty", "clip", "patience"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must not be negative, not {getattr(self, name)}")
         for name, known in (("precision", devices.PRECISIONS), ("engine", devices.ENGINES)):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, not '{getattr(self, name)}'")
-        if not 0 <= self.ema < 1:
-            raise UserError(f"ema must be at least 0 and below 1, not {self.ema}")
+        for name in ("ema", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
 
 
 class Diverged(UserError):
@@ -67,7 +71,7 @@ class Trainer:
     r"""Trains `model` by `method` on `data`; `held_out` is only looked at for diagnostics.
 
     Initial weights are the caller's; `seed` starts the stream of batches and noise. The whole state is
-    one dictionary: a run that was stopped and resumed ends in the same bits as one that was not.
+    one dictionary: on CPU and CUDA a run that was stopped and resumed ends in the same bits as one that was not.
     Everything lives on the device of the nets, and so do the images unless there are too many. `identity` names the
     experiment in its checkpoints. `runs` > 1 says that the nets are stacked (`svae_lib.ensembles`): the batch is for
     each of them, the diagnostics for all together.
@@ -90,6 +94,7 @@ class Trainer:
         self.data, self.held_out, self.seed, self.runs = data, held_out, seed, runs
         self.device = next(model.players.parameters()).device
         self.identity, self.done, self.seconds = identity, 0, 0.0
+        self.environment: dict[str, str] = {}  # in which training began, for the record
         self.writes = True  # checkpoints and progress; of several processes only the first does
         self.history: list[dict[str, float]] = []
         resident = data.images.device == self.device  # a graph cannot fetch what is elsewhere
@@ -208,7 +213,7 @@ class Trainer:
         """
         torch.manual_seed(self.seed)
         if checkpoint is not None and checkpoint.exists():
-            self.load_state(read_checkpoint(checkpoint))
+            self._resume(checkpoint)
         self._set_mode(True)
         start = saved = time.perf_counter()
         with self._progress() as bar:
@@ -283,7 +288,7 @@ class Trainer:
     def diagnose(self) -> dict[str, float]:
         r"""Where training stands, on held-out pairs (`svae_lib.diagnostics`).
 
-        The random stream of training is left untouched, so logging more often changes nothing.
+        The random stream of training is left untouched on CPU and CUDA, so that logging more often changes nothing.
         """
         self._set_mode(False)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
@@ -293,7 +298,9 @@ class Trainer:
             row = {"update": self.done, "seconds": round(self.seconds, 2)}
             row |= diagnostics.of_players(self.method, draws) | diagnostics.of_critics(self.method, draws)
             if self.stop:
-                losses = [cycle_loss(self.draw(self.held_out)) for _ in range(EarlyStop.BATCHES)]
+                judged = replace(self.model, **self.evaluated_players())
+                drawn = (replace(self.draw(self.held_out), model=judged) for _ in range(EarlyStop.BATCHES))
+                losses = [cycle_loss(draws) for draws in drawn]
                 row["cycle"] = sum(losses) / len(losses)
         finite = {name: value for name, value in row.items() if math.isfinite(value)}
         if self.runs > 1:  # one of them may have diverged; its own numbers will say so
@@ -318,10 +325,18 @@ class Trainer:
         r"""Everything that the next update depends on."""
         state = {name: part.state_dict() for name, part in self._parts().items()}
         state |= {"identity": self.identity, "done": self.done, "seconds": self.seconds, "history": self.history}
+        state["environment"] = self.environment
         state["random"] = torch.get_rng_state()
         if self.device.type == "cuda":
             state["cuda_random"] = torch.cuda.get_rng_state(self.device)
         return state
+
+    def _resume(self, checkpoint: Path) -> None:
+        state = read_checkpoint(checkpoint)
+        try:
+            self.load_state(state)
+        except UserError as error:
+            raise UserError(f"{checkpoint}: {error}") from None
 
     def load_state(self, state: dict) -> None:
         r"""Continue from `state`. Raises UserError if it belongs to other nets or another method."""
@@ -331,6 +346,7 @@ class Trainer:
             for name, part in self._parts().items():
                 part.load_state_dict(self._with_own_choices(part, state[name]))
             self.done, self.seconds, self.history = state["done"], state["seconds"], state["history"]
+            self.environment = state["environment"]
             torch.set_rng_state(state["random"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_random"], self.device)

@@ -11,7 +11,6 @@ import ast
 import inspect
 import json
 import math
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 
 from svae_lib.errors import UserError
+from svae_lib.files import whole
 from svae_lib.notebooks import ROOT, need
 
 EQUATIONS = (*(f"S{n}" for n in range(1, 30)), *(f"A{n}" for n in range(1, 23)))
@@ -167,9 +167,9 @@ def write(proofs: list[Proof], folder: Path) -> Path:
 
     rows = [asdict(proof) | {"seconds": round(proof.seconds, 2)} for proof in proofs]
     path = folder / "claims.json"
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps({"environment": environment("CPU"), "proofs": rows}, indent=1) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    with whole(path) as new:
+        text = json.dumps({"environment": environment("CPU"), "proofs": rows}, indent=1)
+        new.write_text(text + "\n", encoding="utf-8")
     return path
 
 

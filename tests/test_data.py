@@ -66,7 +66,11 @@ def test_unknown_dataset():
 
 def test_missing_mnist(tmp_path, monkeypatch):
     monkeypatch.setenv("SVAE_DATA", str(tmp_path))
-    with pytest.raises(UserError, match="MNIST is not in .*svae data mnist"):
+    with pytest.raises(UserError, match="MNIST is not in .*; put it there, or unset SVAE_DATA and run"):
+        data.load("mnist")
+    monkeypatch.delenv("SVAE_DATA")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="MNIST is not in .*; run `svae data mnist`, or set SVAE_DATA"):
         data.load("mnist")
 
 

@@ -53,6 +53,17 @@ def test_names_are_readable_and_tell_changes_apart():
         (["run", "patches32", "vae", "--set", "batch=0"], "batch must be positive"),
         (["run", "digits", "vae", "--set", "critic_pool=max"], "critic_pool must be one of average, none"),
         (["run", "digits", "vae", "--set", "dropout=1"], "dropout must be at least 0 and below 1"),
+        (["run", "digits", "vae", "--set", "seed=5"], "seed is no key of --set"),
+        (["run", "digits", "vae", "--set", "axis=Grey"], "unknown key 'axis'"),
+        (["run", "digits", "vae", "--set", "score_samples=1"], "score_samples must be at least 2, not 1"),
+        (["run", "digits", "vae", "--set", "lr=nan"], "lr must be a finite number, not 'nan'"),
+        (["run", "digits", "vae", "--set", "beta1=1.5"], "beta1 must be at least 0 and below 1"),
+        (["run", "digits", "vae", "--set", "penalty=-1"], "penalty must not be negative"),
+        (["run", "digits", "vae", "--set", "instance_noise=-1"], "instance_noise must not be negative"),
+        (["run", "digits", "vae", "--set", "inception=true"], "inception=true needs colour images"),
+        (["run", "digits", "vae", "--device", "cpu:x"], "device 'cpu:x' is not available here"),
+        (["classifier", "ring8"], "ring8 holds points, and this needs images"),
+        (["bounds", "ring8"], "ring8 holds points, and this needs images"),
         (["table", "digits"], "the papers print no table for 'digits'"),
         (["data", "imagenet"], "unknown dataset 'imagenet'"),
     ],
@@ -78,6 +89,18 @@ def test_run_writes_one_record_and_does_not_repeat_it(tmp_path, capsys):
     written = path.stat().st_mtime_ns
     assert cli.main(command) == 0 and path.stat().st_mtime_ns == written
     assert "elbo_grey" in capsys.readouterr().out
+
+
+def test_a_record_says_where_its_run_began(tmp_path, monkeypatch):
+    small = dict(pair.split("=") for pair in SMALL if "=" in pair)
+    made = Experiment.make("digits", "vae", **small, z_dim=3)
+    first = experiment.run(made, "cpu", tmp_path)
+    assert first["environment"]["commit"] == records.environment("cpu")["commit"]
+    records.path(tmp_path, "digits", made.name).unlink()
+    monkeypatch.setenv("PATH", "")  # no git any more
+    assert records.environment("cpu")["commit"] == "unknown"
+    again = experiment.run(made, "cpu", tmp_path)  # from its checkpoint: nothing is trained anew
+    assert again["environment"] == first["environment"] and again["metrics"] == first["metrics"]
 
 
 def test_a_diverged_run_leaves_an_honest_record(tmp_path, capsys):

@@ -42,7 +42,7 @@ def test_the_recorded_metrics_are_found_again(name):
 def test_the_recorded_score_or_coverage_is_found_again(name):
     model, record = pretrained.load(name, device="cpu"), record_of(name)
     judged = data.STACKED.get(model.experiment.dataset, model.experiment.dataset)
-    if not (classifier.kept_file(judged).exists() or classifier.cached_file(judged, 0).exists()):
+    if not (classifier.kept_file(judged).exists() or classifier.cached_file(judged).exists()):
         pytest.skip(f"there is no trained classifier of {judged}; `svae run {judged} vae` makes one")
     try:
         dataset = data.load(model.experiment.dataset)

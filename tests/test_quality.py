@@ -197,6 +197,10 @@ def test_half_precision_costs_nothing(small):
     kept = classifier.load_classifier(small, CPU)
     x = data.grey(small.test.images)
     assert_close(kept(x), net(x), rtol=2e-3, atol=2e-3)
+    file = classifier.kept_file(small.name)
+    file.write_bytes(file.read_bytes()[:1_000])
+    with pytest.raises(UserError, match="cifar10.safetensors is damaged"):
+        classifier.load_classifier(small, CPU)
     assert evaluation.load_classifier is classifier.load_classifier
 
 

@@ -50,6 +50,14 @@ def test_training_stops_and_the_best_players_are_evaluated(losses, tmp_path):
         assert torch.equal(value, seen[2][name])
 
 
+def test_the_players_that_are_kept_are_the_ones_that_are_judged(monkeypatch):
+    judged = []
+    monkeypatch.setattr(train, "cycle_loss", lambda draws: judged.append(draws.model) or 1.0)
+    t = trainer(patience=3, ema=0.9, updates=2)
+    t.fit()
+    assert all(model.decoder is t.average.module["decoder"] is not t.model.decoder for model in judged)
+
+
 def test_a_run_without_patience_is_not_looked_at(losses):
     t = trainer()
     t.fit()

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from svae_lib import cli, records, sweep
+from svae_lib.errors import UserError
 
 
 @pytest.fixture
@@ -36,6 +37,13 @@ def test_an_interrupted_sweep_goes_on(small, tmp_path, monkeypatch):
     record = sweep.sweep("alice5", "ali", tmp_path)
     assert record["rows"][:16] == first and len(record["rows"]) == 32 and len(calls) == 3
     assert {row["set"]["beta1"] for row in record["rows"]} == {0.5, 0.9}
+
+
+def test_a_sweep_of_another_budget_is_not_continued(small, tmp_path):
+    other = {"name": "sweep-alice5-ali", "budget": {"updates": 3}, "rows": []}
+    records.write_report(tmp_path, other)
+    with pytest.raises(UserError, match="sweep-alice5-ali was made with another budget; delete its file in"):
+        sweep.sweep("alice5", "ali", tmp_path)
 
 
 def test_a_run_that_failed_counts_as_failed():
