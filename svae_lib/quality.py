@@ -21,7 +21,7 @@ from svae_lib.errors import UserError
 from svae_lib.metrics import Metric
 from svae_lib.records import Record
 
-REFERENCE = 10_000  # training images that distances are measured to: the first ones, at most half of all
+REFERENCE = 10_000  # training images that distances are measured to, at most half of all
 SUBSETS, SUBSET_SIZE = 100, 1_000  # of the kernel distance (Bińkowski et al. 2018)
 
 
@@ -62,9 +62,16 @@ def features(net: Classifier, images: Tensor) -> Tensor:
     return torch.cat([net.features(x).float().cpu() for x in metrics.batches(images)])
 
 
+def in_mixed_order(dataset: data.Dataset) -> Tensor:
+    r"""The rows of the training images in an order that mixes the classes: as they lie, but sets on disk lie by class."""
+    count = len(dataset.train)
+    by_class = dataset.name in data.ON_DISK
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0)) if by_class else torch.arange(count)
+
+
 def reference(dataset: data.Dataset, device: torch.device) -> Tensor:
     r"""The training images that distances are measured to, uint8."""
-    rows = torch.arange(min(REFERENCE, len(dataset.train) // 2))
+    rows = in_mixed_order(dataset)[: min(REFERENCE, len(dataset.train) // 2)]
     return dataset.train.take(rows).to(device)
 
 
@@ -154,7 +161,7 @@ def calibrate(dataset: data.Dataset, device: torch.device) -> dict:
     """
     net, test = load_classifier(dataset, device), dataset.test.to(device)
     real = features(net, reference(dataset, device))
-    others = torch.arange(len(real), min(len(real) + len(test), len(dataset.train)))
+    others = in_mixed_order(dataset)[len(real) : len(real) + len(test)]
     train = dataset.train.take(others).to(device)
     rows = (train, test.images, blur(test.images), noise(test.images), test.images[test.labels != 0])
     found = {
