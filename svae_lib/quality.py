@@ -63,7 +63,7 @@ def features(net: Classifier, images: Tensor) -> Tensor:
 
 
 def in_mixed_order(dataset: data.Dataset) -> Tensor:
-    r"""The rows of the training images in an order that mixes the classes: as they lie, but sets on disk lie by class."""
+    r"""The rows of the training images, mixed where they lie class by class, as sets on disk do."""
     count = len(dataset.train)
     by_class = dataset.name in data.ON_DISK
     return torch.randperm(count, generator=torch.Generator().manual_seed(0)) if by_class else torch.arange(count)
