@@ -148,7 +148,7 @@ def load(name: str) -> Dataset:
 
 
 def load_images(name: str) -> Dataset:
-    r"""The same, for what points have not. Raises UserError for points, too."""
+    r"""The dataset called `name`, which must hold images. Raises UserError as `load` does, and for points."""
     if name in MIXTURES:
         raise UserError(f"{name} holds points, and this needs images")
     return load(name)
