@@ -312,8 +312,8 @@ def _record(
     experiment: Experiment, trainer: Trainer, dataset: data.Dataset, number: int, reason: str
 ) -> records.Record:
     values = {} if reason else evaluate(experiment, trainer, dataset, number)
-    if not all(math.isfinite(value["value"]) for value in values.values()):
-        values, reason = {}, "training diverged; lower lr or raise penalty"
+    if infinite := [key for key, value in values.items() if not math.isfinite(value["value"])]:
+        values, reason = {}, f"training diverged: {', '.join(infinite)} not finite; lower lr or raise penalty"
     outcome = {"status": "diverged", "reason": reason} if reason else {"status": "done"}
     described = {"experiment": experiment.flat(), "changes": experiment.changes}
     return {"name": experiment.name} | outcome | described | {"metrics": values}

@@ -2,7 +2,6 @@
 
 import gc
 import platform
-import resource
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -109,18 +108,15 @@ def test_nothing_is_left_behind_by_2000_updates():
 def test_freed_memory_is_kept_until_it_is_returned():
     devices.choose_device("cpu")
 
-    def faults():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    def resident():
+        return memory._read("/proc/self/status", "VmRSS")
 
-    torch.ones(10_000_000)  # 9,766 pages
-    before = faults()
-    for _ in range(5):
-        torch.ones(10_000_000)
-    assert faults() - before < 5_000
+    block = torch.ones(50_000_000)  # 200 MB
+    with_block = resident()
+    del block
+    assert resident() > with_block - 20e6
     memory.return_freed()
-    before = faults()
-    torch.ones(10_000_000)
-    assert faults() - before > 5_000
+    assert resident() < with_block - 180e6
 
 
 def test_the_average_is_that_of_pytorch_and_takes_a_tensor():

@@ -110,6 +110,20 @@ def test_a_diverged_run_leaves_an_honest_record(tmp_path, capsys):
     assert "diverged at update" in capsys.readouterr().out
 
 
+def test_a_measure_that_is_not_finite_is_named(tmp_path, monkeypatch):
+    real = evaluation.evaluate
+
+    def without_bound(*arguments):
+        values = real(*arguments)
+        return values | {"iw_dynamic": values["iw_dynamic"] | {"value": float("inf")}}
+
+    monkeypatch.setattr(evaluation, "evaluate", without_bound)
+    small = dict(pair.split("=") for pair in SMALL if "=" in pair)
+    record = experiment.run(Experiment.make("digits", "vae", **small), "cpu", tmp_path)
+    assert record["status"] == "diverged" and not record["metrics"]
+    assert "diverged: iw_dynamic not finite" in record["reason"]
+
+
 def test_a_damaged_record_is_refused(tmp_path):
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits" / "digits-vae-literal-quick-s0.json").write_text("{")
