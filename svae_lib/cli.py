@@ -121,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--results", type=Path, help="folder for records (default: results/ of the clone)")
 
     table = command("table", "the papers' table beside our records of it")
-    table.add_argument("dataset", help="mnist, cifar10, ring8, grid25 or stacked_mnist")
+    table.add_argument("dataset", help="mnist, cifar10, imagenet64, ring8, grid25 or stacked_mnist")
     table.add_argument("--results", type=Path, help="folder of records (default: results/ of the clone)")
 
     bounds = command("bounds", "what the data alone says about likelihoods and errors; writes a record")
@@ -170,7 +170,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     notebook.add_argument("chapter", help="number, name or any unambiguous beginning of one")
     notebook.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    notebook.add_argument("--output", type=Path, help="where the executed notebook goes (default: _build)")
+    notebook.add_argument("--output", type=Path, help="where the executed notebook goes (default: in _build/runs/)")
 
     verify = command("verify", "prove every numbered equation and print the claims ledger")
     verify.add_argument("--store", action="store_true", help="also keep the observations for the book's ledger page")

@@ -51,8 +51,8 @@ A2 = {"architecture": "a2", "z_dim": 100, "critic_hidden": 64}
 A3 = {"architecture": "a3", "z_dim": 2_048, "critic_hidden": 256}
 DATASETS = {"cifar10": A2, "patches32": A2, "tiny_imagenet": A3, "imagenet64": A3, "patches64": A3}  # others: A.1
 
-# "literal" is what the appendix prints. "stabilised" keeps nets of the same size and bounds the slope of the
-# critic, which then no longer reads the quantisation of x, and sees where in the image a stroke is.
+# "literal" is what the appendix prints. "stabilised" keeps the players and bounds the slope of the critic,
+# which then no longer reads the quantisation of x, and sees where in the image a stroke is.
 # For points, of which the papers say nothing, it is one plain setting for all methods. λ is small there because a
 # density of narrow clusters is large: log p_θ(x|z) weighs a squared error by 1/2σ².
 PLAIN_MLPS = {

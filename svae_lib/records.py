@@ -7,6 +7,7 @@ import math
 import platform
 import statistics
 import subprocess
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,25 @@ def papers(dataset: str, folder: Path | None = None) -> list[dict[str, Any]]:
     return rows[dataset]
 
 
+def seeds(runs: Iterable[Record], method: str, setting: str, profile: str = "cpu", **changes: Any) -> list[Record]:
+    r"""The finished runs of one row of a table, which differ in their seeds alone; `changes` is that of `--set`."""
+    row = {"method": method, "setting": setting, "profile": profile}.items()
+    same = [run for run in runs if run["changes"] == changes and row <= run["experiment"].items()]
+    return [run for run in same if run["status"] == "done"]
+
+
+def values(runs: Iterable[Record], method: str, setting: str, metric: str, **row: Any) -> list[float]:
+    r"""What the runs of a row (`seeds`) measured, a number for each that has it."""
+    found = [run["metrics"] for run in seeds(runs, method, setting, **row)]
+    return [metrics[metric]["value"] for metrics in found if metric in metrics]
+
+
+def mean(runs: Iterable[Record], method: str, setting: str, metric: str, **row: Any) -> float:
+    r"""The mean of `values`, nan where there are none: what has not been run contradicts no comparison."""
+    found = values(runs, method, setting, metric, **row)
+    return statistics.mean(found) if found else math.nan
+
+
 def spread(values: list[float], decimals: int) -> str:
     r"""mean ± standard deviation over seeds; one seed shows no spread."""
     mean = f"{statistics.mean(values):.{decimals}f}"
@@ -158,7 +178,7 @@ def columns(dataset: str) -> dict[str, tuple[str, int]]:
 
 
 def our_rows(dataset: str, folder: Path | None = None) -> pd.DataFrame:
-    r"""One row per (method, setting, profile, updates): every metric as mean ± sd over its seeds."""
+    r"""One row per (method, setting, profile, updates): each metric as mean ± sd over its seeds, or "(k of n)"."""
     groups: dict[tuple, list[Record]] = {}
     for record in read_all(dataset, folder):
         e = record["experiment"]
@@ -169,8 +189,9 @@ def our_rows(dataset: str, folder: Path | None = None) -> pd.DataFrame:
         row = {"method": method, "setting": setting, "profile": profile, "updates": updates, "seeds": len(runs)}
         finished = [run["metrics"] for run in runs if run["status"] == "done"]
         for metric, (heading, decimals) in columns(dataset).items():
-            values = [m[metric]["value"] for m in finished if metric in m and math.isfinite(m[metric]["value"])]
-            row[heading] = spread(values, decimals) if values else "–" if finished else "diverged"
+            seen = [m[metric]["value"] for m in finished if metric in m and math.isfinite(m[metric]["value"])]
+            row[heading] = spread(seen, decimals) if seen else "–" if finished else "diverged"
+            row[heading] += f" ({len(seen)} of {len(finished)})" * (0 < len(seen) < len(finished))
         row["minutes"] = round(statistics.mean(run["seconds"] for run in runs) / 60, 1)
         rows.append(row)
     return pd.DataFrame(rows)

@@ -1,6 +1,7 @@
 """Experiments, records and the command line, as a user meets them."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -146,6 +147,17 @@ def test_table_is_made_from_records_alone(tmp_path):
     table = records.table("mnist", tmp_path).set_index("method")
     assert table.loc["sVAE", "ELBO, grey"] == "102.0 ± 2.8" and table.loc["sVAE", "seeds"] == 2
     assert table.loc["sVAE-r", "score"] == "diverged"
+    runs = records.read_all("mnist", tmp_path)
+    assert records.values(runs, "svae", "literal", "score") == [100.0, 104.0]
+    assert records.mean(runs, "svae", "literal", "score") == 102.0
+    for nothing in (("svae-r", "literal"), ("svae", "stabilised")):  # diverged, not run
+        assert math.isnan(records.mean(runs, *nothing, "score"))
+    assert not records.values(runs, "svae", "literal", "score", profile="paper")
+    assert not records.values(runs, "svae", "literal", "score", updates=5_000)
+    runs[0]["metrics"].pop("score")
+    records.write(tmp_path, runs[0])
+    table = records.table("mnist", tmp_path).set_index("method")
+    assert table.loc["sVAE", "score"] == "104.00 (1 of 2)"
     assert table.loc["GAN", "ours"].startswith("not run: ")
     for path in (tmp_path / "mnist").glob("mnist-svae-literal*"):
         path.unlink()

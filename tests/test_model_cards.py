@@ -70,7 +70,7 @@ def test_places_and_weaknesses_are_counted_among_the_finished_runs():
     runs = [record(1, 5), record(2, 9), record(3, 1)]
     assert [model_cards.place("l2", run["metrics"]["l2"]["value"], runs) for run in runs] == [(1, 3), (2, 3), (3, 3)]
     assert model_cards.place("score", 9, runs) == (1, 3)
-    assert model_cards.weakness(runs[1], runs) == "its samples have a score of 9.00, real images 9.80"
+    assert model_cards.weakness(runs[1], runs) == "score of its samples 9.00, of real images 9.80"
     assert model_cards.weakness(runs[2], runs).endswith("RMSE, L2 (3 of 3), score (3 of 3)")
     few = record(0.5, 8, n=300)  # real images of another number
     assert model_cards.weakness(few, runs) == "no metric is worse than in most runs of its data set"

@@ -92,7 +92,7 @@ def facts(method: Method) -> dict[str, str]:
     r"""What the registry says of a method, in MyST."""
     defaults = dict(method.defaults)
     encoder, decoder = (defaults.pop(player, "gaussian") for player in ("encoder", "decoder"))
-    drawn = {"gaussian": "Bernoulli pixels; on points a Gaussian", "point": "no noise"}
+    drawn = {"gaussian": "Bernoulli pixels; on natural images and points a Gaussian", "point": "no noise"}
     critics = "; ".join(CRITICS[kind] for kind in method.critics) or "none"
     critics += f", {defaults['critic_outputs']} numbers each" if "critic_outputs" in defaults else ""
     found = {

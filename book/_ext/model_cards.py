@@ -62,7 +62,7 @@ def weakness(record: records.Record, others: list[records.Record]) -> str:
     for metric, (heading, decimals) in records.columns(record["experiment"]["dataset"]).items():
         if metric in found and metric in real and real[metric]["n"] == found[metric]["n"]:
             ours, aim = (f"{values[metric]['value']:.{decimals}f}" for values in (found, real))
-            said.append(f"its samples have a {heading} of {ours}, real images {aim}")
+            said.append(f"{heading} of its samples {ours}, of real images {aim}")
         if metric in found:
             rank, count = place(metric, found[metric]["value"], others)
             worse += [f"{heading} ({rank} of {count})"] if rank > (count + 1) / 2 else []
