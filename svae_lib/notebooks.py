@@ -178,10 +178,10 @@ def library_files(sources: Iterable[str], package: Path) -> set[Path]:
 
 
 def fingerprint(chapter: Path) -> str:
-    r"""A hash of all that a chapter's outputs depend on.
+    r"""A hash of all that a chapter's outputs depend on here, the versions of what is installed apart.
 
     That is: the source of its code cells, the files of the library that they import, directly or
-    through one another, the run records if `svae_lib.records` is among these, and the versions.
+    through one another, and the run records if `svae_lib.records` is among these.
     """
     from IPython.core.inputtransformer2 import TransformerManager
 
@@ -190,31 +190,40 @@ def fingerprint(chapter: Path) -> str:
     plain = map(TransformerManager().transform_cell, cells)  # without %magic lines
     files = library_files(plain, root / "svae_lib")
     if root / "svae_lib" / "records.py" in files:
-        files |= {path for path in (root / "results").rglob("*") if path.is_file()}
-    digest = hashlib.sha256(json.dumps([cells, versions()]).encode())
+        kept = (path for path in (root / "results").rglob("*") if "-quick-s" not in path.name)
+        files |= {path for path in kept if path.is_file()}
+    digest = hashlib.sha256(json.dumps(cells).encode())
     for path in sorted(files):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 
 def executed(chapter: Path) -> Path:
-    r"""Where the executed copy of a chapter is; its fingerprint stands beside it."""
+    r"""Where the executed copy of a chapter is."""
     return chapter.parent.parent / "_build" / "executed" / chapter.name
+
+
+def stamp(chapter: Path) -> Path:
+    r"""The file beside the executed copy that says what this was made from, as `made_from` does."""
+    return executed(chapter).with_suffix(".json")
+
+
+def made_from(chapter: Path) -> dict[str, Any]:
+    r"""The fingerprint of a chapter and the versions, as they are now."""
+    return {"fingerprint": fingerprint(chapter), "versions": versions()}
 
 
 def is_stale(chapter: Path) -> bool:
     r"""Whether the executed copy of a chapter is missing or older than what it depends on."""
-    stamp = executed(chapter).with_suffix(".sha256")
-    return not stamp.exists() or stamp.read_text() != fingerprint(chapter)
+    return not stamp(chapter).exists() or json.loads(stamp(chapter).read_text()) != made_from(chapter)
 
 
 def execute(chapter: Path) -> None:
     r"""Execute a chapter with its own parameters into the build folder and stamp the copy."""
-    stamp = executed(chapter).with_suffix(".sha256")
-    stamp.unlink(missing_ok=True)
-    fresh = fingerprint(chapter)  # of what is about to run, not of what is there when it has run
+    stamp(chapter).unlink(missing_ok=True)
+    now = made_from(chapter)  # what is about to run, not what is there when it has run
     run_chapter(chapter.stem, output=executed(chapter), root=chapter.parent.parent, echo=False)
-    stamp.write_text(fresh)
+    stamp(chapter).write_text(json.dumps(now))
 
 
 def refresh(root: Path = ROOT) -> None:
@@ -241,7 +250,7 @@ def refresh(root: Path = ROOT) -> None:
 
 
 def with_outputs(chapter: Path) -> Any:
-    r"""The chapter as it stands, with the outputs of its executed copy and nothing else from there.
+    r"""The chapter as it stands, with the outputs of its executed copy and the fingerprint that they belong to.
 
     Raises UserError if the copy was made of other cells.
     """
@@ -252,6 +261,7 @@ def with_outputs(chapter: Path) -> Any:
     for cell, done in zip(cells, copy, strict=True):
         hidden = "remove-output" in cell.metadata.get("tags", [])  # widgets: nothing to see without a kernel
         cell.outputs, cell.execution_count = [] if hidden else done.outputs, done.execution_count
+    notebook.metadata["fingerprint"] = json.loads(stamp(chapter).read_text())["fingerprint"]
     return notebook
 
 

@@ -130,10 +130,11 @@ def read_bounds(dataset: str, folder: Path | None = None) -> Record:
     return record
 
 
-def read_all(dataset: str, folder: Path | None = None) -> list[Record]:
-    r"""All records of a dataset, ordered by name."""
+def read_all(dataset: str, folder: Path | None = None, trials: bool = False) -> list[Record]:
+    r"""All records of a dataset, ordered by name; those of quick runs, which git ignores, only where trials count."""
     folder = results_folder() if folder is None else folder
-    return [read(folder, dataset, path.stem) for path in sorted((folder / dataset).glob("*.json"))]
+    names = [path.stem for path in sorted((folder / dataset).glob("*.json"))]
+    return [read(folder, dataset, name) for name in names if trials or "-quick-s" not in name]
 
 
 def papers(dataset: str, folder: Path | None = None) -> list[dict[str, Any]]:

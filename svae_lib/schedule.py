@@ -127,7 +127,7 @@ PLAIN = asdict(Nets())  # what records hold that are older than one of these cho
 def history(chosen: Sequence[Run], folder: Path) -> list[records.Record]:
     r"""All finished records of the datasets of these runs. Raises UserError if one is damaged."""
     datasets = dict.fromkeys(run.experiments[0].dataset for run in chosen)
-    return [r for dataset in datasets for r in records.read_all(dataset, folder) if r["status"] == "done"]
+    return [r for dataset in datasets for r in records.read_all(dataset, folder, trials=True) if r["status"] == "done"]
 
 
 def predicted(run: Run, known: Sequence[records.Record], folder: Path) -> float | None:

@@ -132,8 +132,8 @@ def test_a_damaged_record_is_refused(tmp_path):
         experiment.run(Experiment.make("digits", "vae"), "cpu", tmp_path)
 
 
-def fake(folder, method, seed, value, status="done"):
-    made = Experiment.make("mnist", method, "cpu", "literal", seed)
+def fake(folder, method, seed, value, status="done", profile="cpu"):
+    made = Experiment.make("mnist", method, profile, "literal", seed)
     metrics = {name: {"value": value, "se": 0.0, "n": 1} for name in records.COLUMNS}
     record = {"name": made.name, "experiment": made.flat(), "changes": {}, "status": status, "seconds": 60.0}
     records.write(folder, record | {"metrics": metrics if status == "done" else {}})
@@ -147,9 +147,11 @@ def test_table_is_made_from_records_alone(tmp_path):
     table = records.table("mnist", tmp_path).set_index("method")
     assert table.loc["sVAE", "ELBO, grey"] == "102.0 ± 2.8" and table.loc["sVAE", "seeds"] == 2
     assert table.loc["sVAE-r", "score"] == "diverged"
+    fake(tmp_path, "svae", 2, 1.0, profile="quick")
     runs = records.read_all("mnist", tmp_path)
     assert records.values(runs, "svae", "literal", "score") == [100.0, 104.0]
     assert records.mean(runs, "svae", "literal", "score") == 102.0
+    assert not records.values(runs, "svae", "literal", "score", profile="quick")  # a run for trying is in no table
     for nothing in (("svae-r", "literal"), ("svae", "stabilised")):  # diverged, not run
         assert math.isnan(records.mean(runs, *nothing, "score"))
     assert not records.values(runs, "svae", "literal", "score", profile="paper")

@@ -87,7 +87,7 @@ def test_the_printed_commands_repeat_the_records(name):
 
 
 def test_a_deleted_record_is_not_run(tmp_path):
-    made = [Experiment.make("ring8", "svae", seed=seed) for seed in (0, 1)]
+    made = [Experiment.make("ring8", "svae", "cpu", seed=seed) for seed in (0, 1)]
     paths = []
     for e, modes in zip(made, (6.0, 8.0), strict=True):
         measured = {"modes": {"value": modes, "se": 0.0, "n": 1}}
@@ -95,18 +95,18 @@ def test_a_deleted_record_is_not_run(tmp_path):
         paths.append(records.write(tmp_path, {"name": e.name, "metrics": measured} | shared))
     row = method_pages.measured("svae", "ring8", tmp_path).iloc[0]
     assert (row["modes"], row["seeds"], row["command"]) == (
-        "7.0 ± 1.4", 2, "svae run ring8 svae --profile quick --seed 0-1",
+        "7.0 ± 1.4", 2, "svae run ring8 svae --profile cpu --seed 0-1",
     )  # fmt: skip
     paths[0].unlink()
     row = method_pages.measured("svae", "ring8", tmp_path).iloc[0]
-    assert (row["modes"], row["command"]) == ("8.0", "svae run ring8 svae --profile quick --seed 1")
+    assert (row["modes"], row["command"]) == ("8.0", "svae run ring8 svae --profile cpu --seed 1")
     paths[1].unlink()
     assert method_pages.measured("svae", "ring8", tmp_path).empty
 
 
 def test_a_diverged_run_is_said_to_be_one(tmp_path):
     for method, outcome in (("svae", {"status": "diverged", "reason": "", "metrics": {}}), ("ali", {"status": "done"})):
-        e = Experiment.make("ring8", method)
+        e = Experiment.make("ring8", method, "cpu")
         shared = {"name": e.name, "seconds": 60.0, "changes": e.changes, "experiment": e.flat()}
         records.write(tmp_path, shared | {"metrics": {"modes": {"value": 8.0, "se": 0.0, "n": 1}}} | outcome)
     row = method_pages.measured("svae", "ring8", tmp_path).iloc[0]

@@ -13,6 +13,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from svae_lib import __version__
+from svae_lib.notebooks import fingerprint
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -103,6 +104,12 @@ def test_chapter_has_one_cell_of_documented_literal_parameters(notebook):
 def test_chapter_was_executed_in_order_without_errors(notebook):
     assert [cell.execution_count for cell in notebook.code] == list(range(1, len(notebook.code) + 1))
     assert not [out for cell in notebook.code for out in cell.outputs if out.output_type == "error"]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_chapter_has_the_outputs_of_the_present_cells_library_and_records(path):
+    stored = nbformat.read(path, as_version=4).metadata.get("fingerprint")
+    assert stored == fingerprint(path), "run svae book --store"
 
 
 def test_chapter_ends_with_its_conditions(notebook):
