@@ -50,13 +50,13 @@ def started(tmp_path, monkeypatch):
     return names
 
 
-def test_the_grid_begins_with_the_papers_own_rows_and_repeats_nothing():
+def test_the_grid_begins_with_the_main_rows_and_repeats_nothing():
     runs = schedule.runs()
     names = [e.name for run in runs for e in run.experiments]
     assert len(names) == len(set(names))
     first = [run.experiments[0] for run in runs]
-    own = [(e.dataset, e.method, e.setting, e.seed) for e in first[: 8 * 2 * 3]]
-    assert own == [("mnist", m, s, i) for i in range(3) for s in ("literal", "stabilised") for m in schedule.OWN]
+    main = [(e.dataset, e.method, e.setting, e.seed) for e in first[: 10 * 2 * 3]]
+    assert main == [("mnist", m, s, i) for i in range(3) for s in ("stabilised", "literal") for m in schedule.MAIN]
     together = [run for run in runs if experiment.stackable(run.experiments[0])]
     assert {run.experiments[0].dataset for run in together} == {"ring8", "grid25"}
     assert {len(run.experiments) for run in together} == {10}
