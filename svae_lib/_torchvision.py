@@ -1,4 +1,4 @@
-r"""`import svae_lib._torchvision` before torchvision, so that it loads beside any build of torch.
+r"""`from svae_lib._torchvision import torchvision`, so that it loads beside any build of torch.
 
 The wheels of torchvision on the package index are CUDA builds. Beside a CPU build of torch their
 native library does not load, and `import torchvision` then stops because two operators have no
@@ -29,3 +29,5 @@ def _declare_missing_operators() -> None:
 
 _keep_alive: list[torch.library.Library] = []
 _declare_missing_operators()
+
+import torchvision  # noqa: E402, F401

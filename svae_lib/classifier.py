@@ -163,7 +163,7 @@ def train_classifier(
                 with torch.autocast(device.type, torch.bfloat16, enabled=half):
                     log_p = net(net.augment(x, generator))
                 optimiser.zero_grad()
-                _smoothed(log_p, y, net.smoothing).backward()
+                F.cross_entropy(log_p, y, label_smoothing=net.smoothing).backward()
                 optimiser.step()
                 schedule.step()
             if begun is not None:
@@ -174,11 +174,6 @@ def train_classifier(
                 say(epoch + 1, epochs, accuracy(net.eval(), few))
                 net.train()
     return net.eval()
-
-
-def _smoothed(log_p: Tensor, y: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy with the label 1 − s, and s spread over all classes."""
-    return (1 - smoothing) * F.nll_loss(log_p, y) - smoothing * log_p.mean()
 
 
 def batches_in(train: data.Split) -> int:
@@ -234,7 +229,7 @@ def make_classifier(dataset: data.Dataset, device: torch.device, say: Callable[[
         keep(net, dataset.name)
     else:
         write_checkpoint(net.state_dict(), cached)
-    begun.unlink()
+    begun.unlink(missing_ok=True)
 
 
 def load_classifier(dataset: data.Dataset, device: torch.device) -> Classifier:
@@ -255,7 +250,11 @@ def load_classifier(dataset: data.Dataset, device: torch.device) -> Classifier:
             write_checkpoint(train_classifier(dataset, device).state_dict(), path)
         state = read_checkpoint(path)
     net = new_classifier(dataset)
-    net.load_state_dict(state)
+    try:
+        net.load_state_dict(state)
+    except RuntimeError:
+        file = kept if kept.exists() else path
+        raise UserError(f"{file} holds another net than the classifier of {dataset.name}; delete it") from None
     return net.to(device).eval()
 
 

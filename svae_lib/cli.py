@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
+import signal
 import sys
 import textwrap
 from collections.abc import Callable
@@ -21,10 +23,11 @@ DATASETS = """digits, patches32, patches64, mnist, cifar10, tiny_imagenet, image
 
 def seeds(text: str) -> list[int]:
     r"""3 -> [3]; 0-9 -> [0, ..., 9]."""
-    first, _, last = text.partition("-")
-    if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
+    found = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", text)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    if first > last:
         raise argparse.ArgumentTypeError(f"'{text}' is neither a seed like 3 nor a range like 0-9")
-    return list(range(int(first), int(last or first) + 1))
+    return list(range(first, last + 1))
 
 
 def positive(kind: type) -> Callable[[str], Any]:
@@ -186,6 +189,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     r"""Run one subcommand. A user's error is one sentence on stderr and exit code 2, never a traceback."""
     args = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # who is killed tidies up as if interrupted
     if int(os.environ.get("RANK", 0)):  # of the processes of torchrun the first one speaks; errors all do
         sys.stdout = open(os.devnull, "w")
     try:
@@ -197,6 +201,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has seen enough, as `head` does
         sys.stdout = open(os.devnull, "w")
     except KeyboardInterrupt:
-        print("svae: interrupted; the same command resumes", file=sys.stderr)
+        print("svae: interrupted; give the same command again to go on", file=sys.stderr)
         return 130
     return 0

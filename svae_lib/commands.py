@@ -3,7 +3,6 @@ r"""What each subcommand of `svae` does; `svae_lib.cli` has its options. Imports
 from __future__ import annotations
 
 import argparse
-import signal
 from functools import partial
 
 from svae_lib.errors import UserError
@@ -25,7 +24,7 @@ def run_command(args: argparse.Namespace) -> None:
         raise UserError(f"{key} is no key of --set; it is an argument of its own, see `svae run --help`")
     make = partial(experiment.Experiment.make, args.dataset, args.method, args.profile, args.setting, **changes)
     chosen = [make(seed=seed) for seed in args.seed]
-    folder = args.results or records.results_folder()
+    folder = records.results_folder(args.results)
     print(f"{', '.join(e.name for e in chosen)}: {chosen[0].training.updates} updates")
     for record in experiment.run_all(chosen, args.device, folder, print_row):
         print_record(record)
@@ -45,7 +44,8 @@ def print_row(row: dict) -> None:
     r"""One plain line of diagnostics."""
     shown = ("update", "seconds", "objective", "reconstruction", "kl", "critic_loss", "accuracy")
     shown = (*shown, "images/s", "points/s", "minutes left")
-    print("  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row), flush=True)
+    numbers = ((name, row[name]) for name in shown if name in row)
+    print("  ".join(f"{name} {n:.4g}" if abs(n) < 1e4 else f"{name} {n:.0f}" for name, n in numbers), flush=True)
 
 
 def print_record(record: dict) -> None:
@@ -73,7 +73,7 @@ def bounds_command(args: argparse.Namespace) -> None:
     record = bounds.compute(data.load_images(args.dataset))
     record["environment"] = records.environment(describe(torch.device("cpu")))
     print_metrics(record)
-    print(f"record: {records.write_report(args.results or records.results_folder(), record)}")
+    print(f"record: {records.write_report(records.results_folder(args.results), record)}")
 
 
 def bench_command(args: argparse.Namespace) -> None:
@@ -82,7 +82,7 @@ def bench_command(args: argparse.Namespace) -> None:
     effort = timing.QUICK if args.quick else timing.FULL
     record = bench.run(args.device, effort, args.only, partial(print, flush=True))
     if args.results or not (args.quick or args.only):
-        print(f"record: {records.write_report(args.results or records.results_folder(), record)}")
+        print(f"record: {records.write_report(records.results_folder(args.results), record)}")
 
 
 def classifier_command(args: argparse.Namespace) -> None:
@@ -95,7 +95,7 @@ def classifier_command(args: argparse.Namespace) -> None:
         print(f"epoch {epoch} of {epochs}: {accuracy:.3f} of the validation images tried", flush=True)
 
     dataset, device = data.load_images(args.dataset), choose_device(args.device)
-    folder = args.results or records.results_folder()
+    folder = records.results_folder(args.results)
     report = records.read_report(f"classifier-{dataset.name}", folder)
     if report is None:
         torch.manual_seed(0)
@@ -118,13 +118,12 @@ def keep_command(args: argparse.Namespace) -> None:
 def grid_command(args: argparse.Namespace) -> None:
     from svae_lib import records, schedule
 
-    folder = (args.results or records.results_folder()).resolve()
+    folder = records.results_folder(args.results).resolve()
     chosen = schedule.runs(args.profile, args.only)
     failed = {}
     if not args.dry_run:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed grid takes its runs with it
         failed = schedule.work(chosen, folder, args.budget_minutes, args.jobs, args.device, partial(print, flush=True))
-    print(schedule.table(chosen, folder))
+    print(schedule.table(chosen, folder, args.device))
     if failed:
         raise UserError(f"{len(failed)} failed: " + "; ".join(f"{run.name}: {why}" for run, why in failed.items()))
 
@@ -163,11 +162,11 @@ def verify_command(args: argparse.Namespace) -> None:
 
 
 def book_command(args: argparse.Namespace) -> None:
-    from svae_lib import notebooks
+    from svae_lib import book
 
     if args.store:
-        notebooks.store()
-    print(notebooks.build_book())
+        book.store()
+    print(book.build_book())
 
 
 def data_command(args: argparse.Namespace) -> None:

@@ -105,7 +105,7 @@ def hollow(experiment: Experiment, shape: tuple[int, ...]) -> Iterator[Trainer]:
     """
     method = methods.METHODS[experiment.method]
     training = replace(experiment.training, ema=0.0)  # a net without content cannot be copied; `cost` adds the average
-    with torch.random.fork_rng([]), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with torch.random.fork_rng(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         with unset_fake_temporarily():  # some nets look at numbers while they are made
             model = build_model(experiment.nets, method, shape, experiment.seed)
         for net in (model.players, *model.critics):

@@ -161,10 +161,11 @@ def fetch(name: str) -> str:
 
         data, where = imagenet.fetch(name), imagenet.folder(name)
     else:
-        if name in DOWNLOADS and not os.environ.get("SVAE_DATA"):
-            _download(name, root())
+        source = STACKED.get(name, name)
+        if source in DOWNLOADS and not os.environ.get("SVAE_DATA"):
+            _download(source, root())
         data = load(name)
-        where = root() if name in DOWNLOADS else "drawn" if name in MIXTURES else "inside scikit-learn (no download)"
+        where = root() if source in DOWNLOADS else "drawn" if name in MIXTURES else "inside scikit-learn (no download)"
     sizes = ", ".join(f"{len(getattr(data, s))} {s}" for s in ("train", "validation", "test"))
     return f"{name}: {sizes} samples of shape {data.shape}, verified, {where}"
 
@@ -298,11 +299,10 @@ def _on_disk(name: str) -> Dataset:
 
 
 def _download(name: str, folder: Path) -> None:
-    import svae_lib._torchvision  # noqa: F401, I001  (must come before torchvision)
-    from torchvision import datasets
+    from svae_lib._torchvision import torchvision
 
     try:
-        getattr(datasets, DOWNLOADS[name])(str(folder), download=True)
+        getattr(torchvision.datasets, DOWNLOADS[name])(str(folder), download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{name} could not be downloaded to {folder} ({error}); put it there by hand") from None
 

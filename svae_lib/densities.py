@@ -100,7 +100,7 @@ class Point(NamedTuple):
         return self.mean, None
 
     def log_prob(self, value: Tensor) -> Tensor:
-        cure = "set encoder=gaussian, decoder=gaussian and components=1"
+        cure = "set encoder=gaussian, decoder=gaussian and components=1, or choose another setting than authors"
         raise UserError(f"this needs a density where the net only draws; {cure}")
 
 

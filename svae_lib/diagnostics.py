@@ -20,7 +20,11 @@ def of_players(method: Method, draws: Draws) -> dict[str, float]:
 
 
 def of_critics(method: Method, draws: Draws) -> dict[str, float]:
-    r"""−g(ψ), and of the first critic: accuracy, mean and std of f on both joints, rms slope of f in x and in z."""
+    r"""−g(ψ), and of the first critic: accuracy, mean and std of f on both kinds of pairs, rms slopes of f in x and z.
+
+    q are the pairs on which f is lowered and p those on which it is raised: of S10 the encoder's and the decoder's, of
+    A5 independent pairs and the encoder's.
+    """
     if method.critic is None:
         return {}
     draws.scored = []

@@ -18,6 +18,7 @@ second derivative. Lightning Fabric would start the process group in as many lin
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -33,7 +34,7 @@ from svae_lib.draws import Draws
 from svae_lib.errors import UserError
 from svae_lib.train import Trainer
 
-PATIENCE = timedelta(days=1)  # the others wait while the first process evaluates
+TIMEOUT = timedelta(days=1)  # the others wait while the first process evaluates
 
 # The processes ------------------------------------------------------------------------------------
 
@@ -64,8 +65,14 @@ def join(device: torch.device) -> torch.device:
     elif device.type != "cpu":
         raise UserError(f"several processes cannot share one {device.type} device; choose --device cpu")
     if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     return device
+
+
+def torchrun(processes: int, *options: str) -> list[str]:
+    r"""The beginning of a command that starts so many processes on this machine."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*start, *options]
 
 
 def leave() -> None:

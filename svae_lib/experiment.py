@@ -49,7 +49,7 @@ PROFILES["large"] = PROFILES["natural"] | {  # an update of A.3 costs ten times 
 # The appendix that fits the size; the critic's MLPs are as wide as its last convolution.
 A2 = {"architecture": "a2", "z_dim": 100, "critic_hidden": 64}
 A3 = {"architecture": "a3", "z_dim": 2_048, "critic_hidden": 256}
-DATASETS = {"cifar10": A2, "patches32": A2, "tiny_imagenet": A3, "imagenet64": A3, "patches64": A3}  # others: A.1
+APPENDIX = {"cifar10": A2, "patches32": A2, "tiny_imagenet": A3, "imagenet64": A3, "patches64": A3}  # others: A.1
 
 # "literal" is what the appendix prints. "stabilised" keeps the players and bounds the slope of the critic,
 # which then no longer reads the quantisation of x, and sees where in the image a stroke is.
@@ -104,7 +104,7 @@ class Experiment:
         kind_of_data = "points" if dataset in MIXTURES else "images"
         kind_of_nets = "natural" if dataset in data.NATURAL else kind_of_data
         settings = SETTINGS[kind_of_nets]
-        profiles = PROFILES["large" if DATASETS.get(dataset) is A3 else kind_of_nets]
+        profiles = PROFILES["large" if APPENDIX.get(dataset) is A3 else kind_of_nets]
         for kind, name, known in (
             ("dataset", dataset, data.DATASETS),
             ("method", method, methods.METHODS),
@@ -117,10 +117,14 @@ class Experiment:
         if kind_of_data not in row.data:
             raise UserError(f"{method} needs {' or '.join(row.data)}, and {dataset} holds {kind_of_data}")
         experiment = Experiment(dataset, method, profile, setting, seed)
-        named = profiles[profile] | DATASETS.get(dataset, {}) | settings[setting] | row.defaults
+        named = profiles[profile] | APPENDIX.get(dataset, {}) | settings[setting] | row.defaults
         named |= row.on_points if kind_of_data == "points" else {}
         for key, value in (named | changes).items():
             experiment = experiment._with(key, value)
+        if experiment.training.batch < 2:
+            raise UserError("batch must be at least 2: batch normalisation and spreads need it")
+        if experiment.nets.critic_outputs > 1 and "critic_outputs" not in row.defaults:
+            raise UserError(f"the critic of {method} gives one score: critic_outputs must be 1")
         return experiment
 
     def _with(self, key: str, value: Any) -> Experiment:
@@ -163,7 +167,7 @@ def _typed(key: str, value: Any, kind: type) -> Any:
         converted = {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(value)
         if (isinstance(value, str) or converted == value) and math.isfinite(converted if kind is float else 0):
             return converted
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError, OverflowError):
         pass
     wanted = "a finite number" if kind is float else f"of type {kind.__name__}"
     raise UserError(f"{key} must be {wanted}, not '{value}'")
@@ -244,7 +248,7 @@ def run_together(
     on_log: Callable[[dict], None] | None = None,
 ) -> list[records.Record]:
     r"""`run` for experiments that differ in seed and step sizes only, trained as one (`svae_lib.ensembles`)."""
-    folder = records.results_folder() if folder is None else folder
+    folder = records.results_folder(folder)
     found = {e.name: finished(e, folder) for e in experiments}
     missing = [e for e in experiments if found[e.name] is None]
     if missing:
@@ -273,7 +277,8 @@ def run_together(
             record["evaluation_seconds"] = round(time.perf_counter() - start, 1)
             if record["status"] == "done":
                 pictures.write(folder, e, evaluated(trainer, number), dataset, chosen)
-            records.write(folder, record)  # last, for whoever finds it takes the run for finished
+        for e in missing if trainer.writes else ():  # last and at once: who finds some trains only the others again
+            records.write(folder, found[e.name])
         found = distributed.from_first(found)
     return list(found.values())
 
@@ -289,7 +294,7 @@ def stackable(experiment: Experiment) -> bool:
     r"""Whether seeds of this experiment are trained as one: plain nets on points, and a separable objective."""
     nets = experiment.nets
     plain = {nets.norm, nets.critic_norm} <= {"none", "batch"} and nets.encoder in ("gaussian", "implicit", "planar")
-    plain = plain and not (nets.spectral or experiment.training.patience)
+    plain = plain and nets.components == 1 and not (nets.spectral or experiment.training.patience)
     return experiment.dataset in MIXTURES and plain and methods.METHODS[experiment.method].separable
 
 

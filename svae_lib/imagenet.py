@@ -153,13 +153,12 @@ def _tiny_imagenet(root: Path) -> Source:
 
 
 def _download(root: Path) -> Path:
-    import svae_lib._torchvision  # noqa: F401, I001  (must come before torchvision)
-    from torchvision.datasets.utils import download_url
+    from svae_lib._torchvision import torchvision
 
     path = root / Path(TINY_URL).name
     unfinished = path.with_suffix(".unfinished")
     try:
-        download_url(TINY_URL, str(root), unfinished.name, TINY_MD5)
+        torchvision.datasets.utils.download_url(TINY_URL, str(root), unfinished.name, TINY_MD5)
         return unfinished.rename(path)
     except (OSError, RuntimeError) as error:
         raise UserError(f"Tiny ImageNet could not be downloaded ({error}); put {TINY_URL} into {root}") from None

@@ -63,13 +63,14 @@ def largest_batch(attempt: Callable[[int], None], failed: int, device: torch.dev
     failed, or with smaller ones if these fail too. More than half of it is never promised: there may be a limit that
     the system does not tell.
     """
-    small = failed
-    while small := small // 64:
+    small = max(2, failed // 64)  # one sample is none for batch normalisation
+    while 2 <= small < failed // 2:
         try:
             less, more = (peak(partial(attempt, size), device) for size in (small, 2 * small))
         except RuntimeError as error:
             if not ran_out(error):
                 raise
+            small //= 64
             continue
         per_sample = max((more - less) / small, 1)
         room = USABLE * available(device) - more

@@ -226,7 +226,7 @@ def classifier_score(log_probs: Callable[[Tensor], Tensor], images: Tensor, spli
     scores = []
     for part in log_p.chunk(splits):  # in logarithms: the probabilities of an ideal classifier underflow
         ratio = part - (part.logsumexp(0) - math.log(len(part)))
-        scores.append(torch.where(part.exp() > 0, part.exp() * ratio, 0.0).sum(1).mean().exp())
+        scores.append(torch.where(part.exp() == 0, 0.0, part.exp() * ratio).sum(1).mean().exp())
     scores = torch.stack(scores)
     return {"value": scores.mean().item(), "se": scores.std(correction=splits > 1).item(), "n": len(images)}
 

@@ -3,7 +3,7 @@ r"""The nets of one run, from the names and sizes of an experiment."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from svae_lib.draws import Method, Model
 from svae_lib.errors import UserError
 
 ENCODERS = ("gaussian", "planar", "iaf", "spline", "implicit")
-ARCHITECTURES = (*nets.ARCHITECTURES, *natural.ARCHITECTURES)
+ARCHITECTURES = ("a1", "dcgan", *natural.ARCHITECTURES)
 PIXEL_BY_PIXEL = ("pixelcnn", "pixelrnn")
 DECODERS = ("gaussian", "point", *PIXEL_BY_PIXEL)
 
@@ -85,7 +85,7 @@ def build_model(sizes: Nets, method: Method, shape: tuple[int, ...], seed: int) 
     make = _image_nets if len(shape) == 3 else _point_nets
     make_encoder, make_decoder, make_critic = make(sizes, shape)
     encoder = make_encoder() if method.codes else None
-    several = sizes.components > 1
+    several = sizes.components > 1 or "components" in method.defaults
     decoder = nets.MixtureGenerator([make_decoder() for _ in range(sizes.components)]) if several else make_decoder()
     critics = [make_critic(kind) for kind in method.critics]
     for net in [*filter(None, (encoder, decoder)), *critics]:
@@ -222,8 +222,9 @@ def _image_nets(sizes: Nets, shape: tuple[int, ...]) -> tuple[Callable[..., nn.M
     def critic(kind: str) -> nn.Module:
         hidden, norm, dropout = sizes.critic_hidden, sizes.critic_norm, sizes.critic_dropout
         if kind == "energy":
-            of_x, width = family.features(hidden, norm, dropout)
-            return nets.Energy(nn.Sequential(of_x, family.decoder(width)))
+            own = FAMILIES[sizes.architecture](replace(sizes, norm=norm, dropout=dropout), shape)
+            of_x, width = own.features(hidden, norm, dropout)
+            return nn.Sequential(nets.Noise(sizes.instance_noise), nets.Energy(nn.Sequential(of_x, own.decoder(width))))
         parts, width = [], 0
         for letter in kind:
             if letter == "x":
@@ -250,6 +251,9 @@ def _point_nets(sizes: Nets, shape: tuple[int, ...]) -> tuple[Callable[..., nn.M
     def body(inputs: int) -> nn.Module:
         return nets.mlp(inputs, sizes.hidden, sizes.depth, sizes.norm, sizes.dropout)
 
+    def critic_body(inputs: int) -> nn.Module:
+        return nets.mlp(inputs, sizes.critic_hidden, sizes.depth, sizes.critic_norm, sizes.critic_dropout)
+
     def encoder() -> nn.Module:
         return _encoder(body(dim), sizes.hidden, sizes)
 
@@ -259,11 +263,11 @@ def _point_nets(sizes: Nets, shape: tuple[int, ...]) -> tuple[Callable[..., nn.M
 
     def critic(kind: str) -> nn.Module:
         if kind == "energy":
-            return nets.Energy(nn.Sequential(body(dim), nets.PointHead(sizes.hidden, dim)))
+            autoencoder = nn.Sequential(critic_body(dim), nets.PointHead(sizes.critic_hidden, dim))
+            return nn.Sequential(nets.Noise(sizes.instance_noise), nets.Energy(autoencoder))
         parts = {"x": nets.Noise(sizes.instance_noise), "z": nn.Identity()}
         inputs = sum({"x": dim, "z": sizes.z_dim}[letter] for letter in kind)
-        joint = nets.mlp(inputs, sizes.critic_hidden, sizes.depth, sizes.critic_norm, sizes.critic_dropout)
-        return nets.Critic([parts[letter] for letter in kind], _scores(joint, sizes))
+        return nets.Critic([parts[letter] for letter in kind], _scores(critic_body(inputs), sizes))
 
     return encoder, decoder, critic
 

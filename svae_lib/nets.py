@@ -5,6 +5,7 @@ Their outputs are fp32 under autocast too: only convolutions and matrix products
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -18,7 +19,7 @@ LOG_VAR_LIMIT = 12.0  # keeps e^{log σ²} and its inverse finite in fp32; never
 
 NORMS = {
     "batch": nn.BatchNorm2d,
-    "group": partial(nn.GroupNorm, 8),
+    "group": lambda channels: nn.GroupNorm(math.gcd(8, channels), channels),
     "none": nn.Identity,
 }
 
@@ -29,8 +30,6 @@ POINT_NORMS = {
 }
 
 POOLS = ("average", "none")
-
-ARCHITECTURES = ("a1", "dcgan")
 
 
 def init_xavier(net: nn.Module) -> nn.Module:

@@ -29,8 +29,7 @@ def write(folder: Path, experiment: Experiment, players: nn.ModuleDict, dataset:
     reconstructions: ten test images x over x̂; interpolations: from one test image to another, four times, ten steps.
     The last two need an encoder. Of points it is NAME.draws.npy, 500 draws.
     """
-    import svae_lib._torchvision  # noqa: F401, I001  (must come before torchvision)
-    from torchvision.utils import save_image
+    from svae_lib._torchvision import torchvision
 
     torch.manual_seed(0)
     stem = folder / experiment.dataset / experiment.name
@@ -41,7 +40,7 @@ def write(folder: Path, experiment: Experiment, players: nn.ModuleDict, dataset:
         return np.save(f"{stem}.draws.npy", draws.cpu().numpy())
 
     def save(kind: str, images: Tensor, columns: int) -> None:
-        save_image(images.cpu(), f"{stem}.{kind}.png", nrow=columns, padding=1)
+        torchvision.utils.save_image(images.cpu(), f"{stem}.{kind}.png", nrow=columns, padding=1)
 
     samples = metrics.sample_images(decoder, nets.z_dim, SAMPLES, device, nets.axis)
     save("samples", grey(samples), 8)

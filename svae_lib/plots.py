@@ -172,10 +172,9 @@ def _panel(figure: SubFigure, title: str, joints: Joints, eps: float) -> Axes:
 
 def image_grid(ax: Axes, images: Tensor, columns: int, row_labels: Sequence[str] = ()) -> None:
     r"""Draw images (N, C, H, W) in [0, 1] row by row, `columns` to a row; a label for each row if given."""
-    import svae_lib._torchvision  # noqa: F401, I001  (must come before torchvision)
-    from torchvision.utils import make_grid
+    from svae_lib._torchvision import torchvision
 
-    grid = make_grid(images.cpu(), nrow=columns, padding=1, pad_value=1.0)
+    grid = torchvision.utils.make_grid(images.cpu(), nrow=columns, padding=1, pad_value=1.0)
     ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
     for side in ("left", "bottom"):
         ax.spines[side].set_visible(False)

@@ -66,7 +66,7 @@ class Pretrained:
 
 def path(name: str, folder: Path | None = None) -> Path:
     r"""Where the model of a run is kept, or would be; `folder` is that of the records."""
-    return (records.results_folder() if folder is None else folder) / "checkpoints" / f"{name}.safetensors"
+    return records.results_folder(folder) / "checkpoints" / f"{name}.safetensors"
 
 
 def names(folder: Path | None = None) -> list[str]:
@@ -100,7 +100,7 @@ def keep(name: str, folder: Path | None = None) -> Path:
     They come from the training checkpoint in the user's cache. Raises UserError if that is missing or does not give
     the metrics of the record, and if the file, or all of them together, would be too large.
     """
-    record = records.read(records.results_folder() if folder is None else folder, name.partition("-")[0], name)
+    record = records.read(records.results_folder(folder), name.partition("-")[0], name)
     if record is None or record["status"] != "done":
         raise UserError(f"'{name}' is not the record of a finished run; `svae grid --dry-run` lists them")
     experiment = Experiment.make(**record["experiment"])
@@ -159,7 +159,7 @@ def _evaluated(state: dict) -> dict[str, Tensor]:
 
 
 def _players(experiment: Experiment, shape: tuple[int, ...], weights: dict[str, Tensor], file: Path) -> nn.ModuleDict:
-    with torch.random.fork_rng([]):
+    with torch.random.fork_rng():
         players = build_model(experiment.nets, METHODS[experiment.method], shape, 0).players.eval()
     try:
         players.load_state_dict(weights)
@@ -169,7 +169,7 @@ def _players(experiment: Experiment, shape: tuple[int, ...], weights: dict[str, 
 
 
 def _measured(experiment: Experiment, players: nn.ModuleDict, images: Tensor) -> evaluation.Metrics:
-    with torch.random.fork_rng([]):
+    with torch.random.fork_rng():
         torch.manual_seed(experiment.seed)
         found = evaluation.on_images(players, images, CHEAP, experiment.nets.axis)
     return {key: metric for key, metric in found.items() if not key.startswith("iw_")}

@@ -99,7 +99,7 @@ def inception(images: Tensor, real: Tensor) -> dict[str, Metric]:
     uint8 (N, 3, H, W) and the real images that the distances are to. Raises UserError without the package or weights.
     """
     inception_is_possible(tuple(images.shape[1:]))
-    import svae_lib._torchvision  # noqa: F401, I001  (must come before torchvision)
+    import svae_lib._torchvision  # noqa: F401, I001  (torch_fidelity imports torchvision)
     import torch_fidelity
 
     sizes = {"kid_subset_size": min(SUBSET_SIZE, len(images), len(real)), "cuda": images.device.type == "cuda"}

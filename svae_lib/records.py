@@ -54,8 +54,10 @@ MODE_COLUMNS = {
 }  # where the modes are known
 
 
-def results_folder() -> Path:
-    r"""Where records live: `results/` of the clone the library was installed from, else of this folder."""
+def results_folder(chosen: Path | None = None) -> Path:
+    r"""Where records live: the chosen folder, else `results/` of the clone the library is installed from, or here."""
+    if chosen is not None:
+        return chosen
     clone = Path(__file__).resolve().parent.parent / "results"
     return clone if clone.is_dir() else Path("results")
 
@@ -108,7 +110,7 @@ def _read(path: Path) -> Record | None:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
+    except ValueError:  # not JSON, or not even text
         raise UserError(f"{path} is damaged; delete it and run the experiment again") from None
 
 
@@ -119,7 +121,7 @@ def write_report(folder: Path, record: Record) -> Path:
 
 def read_report(name: str, folder: Path | None = None) -> Record | None:
     r"""The record of that name, or None if there is none. Raises UserError if the file is damaged."""
-    return _read((results_folder() if folder is None else folder) / f"{name}.json")
+    return _read(results_folder(folder) / f"{name}.json")
 
 
 def read_bounds(dataset: str, folder: Path | None = None) -> Record:
@@ -132,15 +134,14 @@ def read_bounds(dataset: str, folder: Path | None = None) -> Record:
 
 def read_all(dataset: str, folder: Path | None = None, trials: bool = False) -> list[Record]:
     r"""All records of a dataset, ordered by name; those of quick runs, which git ignores, only where trials count."""
-    folder = results_folder() if folder is None else folder
+    folder = results_folder(folder)
     names = [path.stem for path in sorted((folder / dataset).glob("*.json"))]
     return [read(folder, dataset, name) for name in names if trials or "-quick-s" not in name]
 
 
-def papers(dataset: str, folder: Path | None = None) -> list[dict[str, Any]]:
+def papers(dataset: str) -> list[dict[str, Any]]:
     r"""The rows that the papers print for a dataset, from results/papers.json."""
-    folder = results_folder() if folder is None else folder
-    rows = json.loads((folder / "papers.json").read_text(encoding="utf-8"))
+    rows = _read(results_folder() / "papers.json") or {}
     if dataset not in rows:
         raise UserError(f"the papers print no table for '{dataset}'; they do for: {', '.join(rows)}")
     return rows[dataset]
@@ -201,7 +202,7 @@ def our_rows(dataset: str, folder: Path | None = None) -> pd.DataFrame:
 def table(dataset: str, folder: Path | None = None) -> pd.DataFrame:
     r"""The papers' rows, and behind each the records of the same method, or "not run" and why."""
     ours = our_rows(dataset, folder)
-    rows, known = [], papers(dataset, folder)
+    rows, known = [], papers(dataset)
     printable = ("NLL", "RMSE", "score", "modes", "high quality", "KL")
     shown = [name for name in printable if any(name in row for row in known)]
     for printed in known:

@@ -184,7 +184,7 @@ def lightning_epoch(model: Model, images: Tensor, batch: int, device: torch.devi
 
     The callable returns the seconds between its own hooks at start and end of the epoch, without setup.
     """
-    import svae_lib._torchvision  # noqa: F401  (must come before torchvision, which torchmetrics imports)
+    import svae_lib._torchvision  # noqa: F401  (torchmetrics imports torchvision)
 
     try:
         import lightning
@@ -227,10 +227,9 @@ def lightning_epoch(model: Model, images: Tensor, batch: int, device: torch.devi
 
 def torchvision_batches(images: Tensor, labels: Tensor, batch: int, workers: int = 0) -> Step:
     r"""An epoch of batches as torchvision's MNIST and torch's DataLoader make them from the same bytes."""
-    import svae_lib._torchvision  # noqa: F401, I001  (must come before torchvision)
-    from torchvision import datasets, transforms
+    from svae_lib._torchvision import torchvision
 
-    class InMemory(datasets.MNIST):
+    class InMemory(torchvision.datasets.MNIST):
         def _check_exists(self) -> bool:
             return True
 
@@ -238,7 +237,7 @@ def torchvision_batches(images: Tensor, labels: Tensor, batch: int, workers: int
             return images[:, 0], labels
 
     with tempfile.TemporaryDirectory() as folder:
-        data = InMemory(folder, transform=transforms.ToTensor())
+        data = InMemory(folder, transform=torchvision.transforms.ToTensor())
     loader = DataLoader(data, batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
 
     def epoch() -> None:

@@ -48,10 +48,9 @@ def launch(processes: int, device: str, effort: Effort) -> list[float]:
     r"""Seconds of an update in each of several blocks. Raises UserError with the first error of the processes."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "seconds.json"
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        torchrun = [sys.executable, *torchrun, f"--log-dir={folder}"]  # or its empty folders would stay
+        start = distributed.torchrun(processes, f"--log-dir={folder}")  # or its empty folders would stay
         named = ["-m", "svae_lib.scaling", device, str(effort.turns), str(effort.seconds), str(found)]
-        ended = subprocess.run([*torchrun, *named], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        ended = subprocess.run([*start, *named], stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if ended.returncode:  # of who was killed torchrun tells last; who raised an error has printed it before
             signal = re.search("Signal .+", ended.stderr.partition("Root Cause")[2])
             said = signal or re.search(r"\w+Error: .+", ended.stderr)

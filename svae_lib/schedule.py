@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from svae_lib import data, experiment, records
+from svae_lib import data, distributed, experiment, records
 from svae_lib.checkpoints import read_checkpoint
+from svae_lib.device import choose_device
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
 from svae_lib.models import Nets
@@ -125,10 +126,11 @@ COSTLY = ("dataset", "profile", "architecture", "encoder", "decoder", "critic_st
 PLAIN = asdict(Nets())  # what records hold that are older than one of these choices
 
 
-def history(chosen: Sequence[Run], folder: Path) -> list[records.Record]:
-    r"""All finished records of the datasets of these runs. Raises UserError if one is damaged."""
+def history(chosen: Sequence[Run], folder: Path, kind: str = "cpu") -> list[records.Record]:
+    r"""The finished records of these runs' datasets, made on cpu, cuda or mps. Raises UserError if one is damaged."""
     datasets = dict.fromkeys(run.experiments[0].dataset for run in chosen)
-    return [r for dataset in datasets for r in records.read_all(dataset, folder, trials=True) if r["status"] == "done"]
+    found = (record for dataset in datasets for record in records.read_all(dataset, folder, trials=True))
+    return [r for r in found if r["status"] == "done" and r["environment"]["device"].partition(",")[0] == kind]
 
 
 def predicted(run: Run, known: Sequence[records.Record], folder: Path) -> float | None:
@@ -169,9 +171,9 @@ def state(run: Run, folder: Path) -> str:
     return "diverged" if "diverged" in found else "done"
 
 
-def table(chosen: Sequence[Run], folder: Path) -> str:
+def table(chosen: Sequence[Run], folder: Path, device: str = "auto") -> str:
     r"""A line for each run: its command, its state, and the minutes that are predicted for what is missing of it."""
-    known = history(chosen, folder)
+    known = history(chosen, folder, choose_device(device).type)
     lines, costs = [f"{'state':<16}{'minutes':>8}  run"], []
     for run in chosen:
         costs.append(predicted(run, known, folder))
@@ -199,7 +201,8 @@ def work(
     running: dict[subprocess.Popen, Run] = {}
     cards: dict[subprocess.Popen, int | None] = {}
     failed: dict[Run, str] = {}
-    costs = _costs(waiting, folder)
+    kind = choose_device(device).type
+    costs = _costs(waiting, folder, kind)
     try:
         while (left := end - time.monotonic()) > 0:
             while len(running) < jobs and (run := _first_that_fits(waiting, costs, left)):
@@ -218,10 +221,11 @@ def work(
                     say(f"failed  {run.name}: {failed[run]}")
                 else:
                     say(f"{state(run, folder):<8}{run.name}")
-                costs = _costs(waiting, folder)
-    finally:  # also when interrupted
-        for process, run in running.items():
+                costs = _costs(waiting, folder, kind)
+    finally:  # also when interrupted, or when nobody reads what is said
+        for process in running:
             process.terminate()
+        for process, run in running.items():
             process.wait()
             stopped = f"stopped {run.name}, to be resumed"
             say(stopped if run.missing(folder) else f"{state(run, folder):<8}{run.name}")
@@ -234,8 +238,8 @@ def _freest_card(device: str, taken: Sequence[int | None]) -> int | None:
     return min(range(count), key=taken.count, default=None)
 
 
-def _costs(waiting: Sequence[Run], folder: Path) -> dict[Run, float | None]:
-    known = history(waiting, folder)
+def _costs(waiting: Sequence[Run], folder: Path, kind: str) -> dict[Run, float | None]:
+    known = history(waiting, folder, kind)
     return {run: predicted(run, known, folder) for run in waiting}
 
 
@@ -249,8 +253,7 @@ def _first_that_fits(waiting: Sequence[Run], costs: dict[Run, float | None], lef
 
 def command(run: Run, folder: Path, device: str, processes: int = 1) -> list[str]:
     r"""The run as the arguments of a process, which may start several that train its model together."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    start = [sys.executable, *(torchrun if processes > 1 else ())]
+    start = distributed.torchrun(processes) if processes > 1 else [sys.executable]
     return [*start, "-m", "svae_lib", *run.arguments, "--device", device, "--results", str(folder)]
 
 
@@ -259,7 +262,8 @@ def _start(run: Run, folder: Path, device: str, jobs: int, card: int | None) -> 
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     if jobs > 1 and card is not None:  # or all runs would share the first one
-        environment.setdefault("CUDA_VISIBLE_DEVICES", str(card))
+        visible = environment.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[card] if visible else str(card)
     _log(run).parent.mkdir(parents=True, exist_ok=True)
     with _log(run).open("w") as log:
         return subprocess.Popen(

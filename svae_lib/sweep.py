@@ -7,6 +7,7 @@ bad. Their grid is not printed; ours is `GRID`: 256 settings. Those that differ 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,9 +49,13 @@ def sweep(
     r"""Run the whole grid, seed 0, and return its record; what is in the record already is not run again.
 
     Each row holds what was set, the metrics, and the seconds of the run. The record is written after each list of
-    settings, so that an interruption costs one of them.
+    settings, so that an interruption costs one of them. Raises UserError if settings of the method cannot be trained
+    as one, or the record is of another budget.
     """
-    folder = records.results_folder() if folder is None else folder
+    folder = records.results_folder(folder)
+    plain = Experiment.make(dataset, method)
+    if not experiment.stackable(plain) or plain.training.clip:
+        raise UserError(f"{method} on {dataset} cannot be swept: settings are trained together, and these cannot be")
     name = f"sweep-{dataset}-{method}"
     fresh = {"name": name, "dataset": dataset, "method": method, "budget": BUDGET, "rows": []}
     record = records.read_report(name, folder) or fresh
@@ -89,9 +94,9 @@ def summary(record: records.Record) -> dict[str, float]:
     quality.
     """
     modes = len(MIXTURES[record["dataset"]].centres)
-    scores = [row["score"] if row["score"] == row["score"] else 1.0 for row in record["rows"]]
+    scores = [1.0 if math.isnan(row["score"]) else row["score"] for row in record["rows"]]
     good = [row["modes"] == modes and row["high_quality"] >= WORKS for row in record["rows"]]
-    errors = [row["mse"] for row in record["rows"] if "mse" in row and row["mse"] == row["mse"]]
+    errors = [row["mse"] for row in record["rows"] if not math.isnan(row.get("mse", math.nan))]
     shown = {
         "settings": len(scores),
         "score": statistics.mean(scores),

@@ -83,7 +83,7 @@ def _timed(function: Step, calls: int, device: torch.device) -> float:
 
 
 def row(name: str, values: Sequence[float], unit: str = "×", aim: str = "", **measured: float) -> Row:
-    r"""Median and quartiles of the values of all turns; `measured` are the medians behind a ratio, in seconds."""
+    r"""Median and quartiles of the values of all turns; `measured` are the medians behind a ratio."""
     low, middle, high = (float(value) for value in np.quantile(values, (0.25, 0.5, 0.75)))
     found = {"name": name, "value": middle, "low": low, "high": high, "turns": len(values), "unit": unit}
     return found | {"aim": aim, "measured": {key: float(value) for key, value in measured.items()}}

@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -199,9 +198,8 @@ class Trainer:
         (self.runs * loss).backward(inputs=optimiser.param_groups[0]["params"])
         optimiser.step()
 
-    def _autocast(self):
-        bf16 = self.training.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.precision == "bf16")
 
     # The loop -----------------------------------------------------------------------------
 

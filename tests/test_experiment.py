@@ -140,7 +140,6 @@ def fake(folder, method, seed, value, status="done", profile="cpu"):
 
 
 def test_table_is_made_from_records_alone(tmp_path):
-    (tmp_path / "papers.json").write_text((records.results_folder() / "papers.json").read_text())
     fake(tmp_path, "svae", 0, 100.0)
     fake(tmp_path, "svae", 1, 104.0)
     fake(tmp_path, "svae-r", 0, 1.0, "diverged")

@@ -5,6 +5,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from svae_lib import notebooks
+from svae_lib.book import execute, executed, fingerprint, is_stale, refresh, store, with_outputs
 from svae_lib.errors import UserError
 
 PARAMETERS = """\
@@ -123,63 +124,67 @@ def test_a_failing_chapter_says_where_in_one_sentence_and_leaves_the_last_good_c
         ("results/run.json", ["20_mnist"]),
         ("results/new/other.json", ["20_mnist"]),
         ("results/new/mnist-vae-literal-quick-s0.json", []),
+        ("results/new/other.json.17.new", []),
     ],
 )
 def test_a_change_makes_stale_what_depends_on_it(book, change, stale):
-    before = {path: notebooks.fingerprint(path) for path in notebooks.chapters(book)}
+    before = {path: fingerprint(path) for path in notebooks.chapters(book)}
     (book / change).parent.mkdir(exist_ok=True)
     (book / change).write_text("x = 2\n")
-    assert [path.stem for path, old in before.items() if notebooks.fingerprint(path) != old] == stale
+    assert [path.stem for path, old in before.items() if fingerprint(path) != old] == stale
 
 
 def test_prose_does_not_make_a_chapter_stale_but_code_and_versions_do(book, monkeypatch):
     path = book / "notebooks" / "01_first_steps.ipynb"
-    notebooks.execute(write_chapter(path, "x = 1"))
-    assert not notebooks.is_stale(write_chapter(path, "x = 1", text="Better prose."))
-    assert notebooks.is_stale(write_chapter(path, "x = 2"))
-    assert not notebooks.is_stale(write_chapter(path, "x = 1"))
+    execute(write_chapter(path, "x = 1"))
+    assert not is_stale(write_chapter(path, "x = 1", text="Better prose."))
+    assert is_stale(write_chapter(path, "x = 2"))
+    assert not is_stale(write_chapter(path, "x = 1"))
+    executed(path).rename(path.with_suffix(".gone"))
+    assert is_stale(path)
+    executed(path).touch()
     monkeypatch.setattr(notebooks, "versions", lambda: {"torch": "another"})
-    assert notebooks.is_stale(path)
+    assert is_stale(path)
 
 
 def test_only_stale_chapters_run_and_their_outputs_are_stored(book, capsys):
     first, second = (book / "notebooks" / name for name in ("01_first_steps.ipynb", "20_mnist.ipynb"))
     write_chapter(first, "print('one')")
     write_chapter(second, "print('two')")
-    notebooks.refresh(book)
-    assert not any(map(notebooks.is_stale, (first, second)))
+    refresh(book)
+    assert not any(map(is_stale, (first, second)))
     capsys.readouterr()
-    notebooks.refresh(book)
+    refresh(book)
     assert capsys.readouterr().out == ""
 
     write_chapter(first, "print('one')", text="Better prose.")
     write_chapter(second, "print('three')")
-    notebooks.store(book)
+    store(book)
     assert capsys.readouterr().out.startswith("Running 20_mnist\n")
     for path, text, printed in ((first, "Better prose.", "one\n"), (second, "Prose.", "three\n")):
         stored = nbformat.read(path, as_version=4)
         assert stored.cells[0].source == text
         assert stored.cells[-1].outputs[0].text == printed
         assert [cell.execution_count for cell in stored.cells[1:]] == [1, 2]
-        assert stored.metadata.fingerprint == notebooks.fingerprint(path)
+        assert stored.metadata.fingerprint == fingerprint(path)
         assert "papermill" not in stored.metadata
         assert not any({"papermill", "execution"} & set(cell.metadata) for cell in stored.cells)
 
 
 def test_outputs_of_other_cells_are_not_stored(book):
     path = write_chapter(book / "notebooks" / "01_first_steps.ipynb", "x = 1")
-    notebooks.execute(path)
+    execute(path)
     write_chapter(path, "x = 2")
     with pytest.raises(UserError, match="01_first_steps changed while"):
-        notebooks.with_outputs(path)
+        with_outputs(path)
 
 
 def test_one_failing_chapter_does_not_stop_the_others(book):
     write_chapter(book / "notebooks" / "01_first_steps.ipynb", "1 / 0")
     write_chapter(book / "notebooks" / "20_mnist.ipynb", "x = 1")
     with pytest.raises(UserError, match="01_first_steps failed .* ZeroDivisionError"):
-        notebooks.refresh(book)
-    assert [notebooks.is_stale(path) for path in notebooks.chapters(book)] == [True, False]
+        refresh(book)
+    assert [is_stale(path) for path in notebooks.chapters(book)] == [True, False]
 
 
 def test_footer_names_the_conditions(capsys):

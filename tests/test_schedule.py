@@ -25,7 +25,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 def record(e, seconds=1.0):
-    flat = {"experiment": e.flat(), "changes": e.changes, "metrics": {}}
+    flat = {"experiment": e.flat(), "changes": e.changes, "metrics": {}, "environment": {"device": "cpu, 1 threads"}}
     return {"name": e.name, "status": "done", "seconds": seconds, "evaluation_seconds": 0.0} | flat
 
 
@@ -106,6 +106,7 @@ def test_the_prediction_is_the_pace_of_like_runs(tmp_path):
     assert costs == [2 * 100.0 + 50.0, 2 * 200.0 + 50.0, None, None]
     ten = Run(tuple(made("digits", "vae", seed=seed) for seed in range(10)))
     assert schedule.predicted(ten, known, tmp_path) == 9 * (100.0 + 50.0)  # seed 0 is done
+    assert not schedule.history(chosen, tmp_path, "cuda")
 
 
 def test_nothing_is_started_that_would_not_end_in_time(tmp_path, started):
@@ -141,7 +142,7 @@ sys.exit(cli.main(["grid", "--profile", "quick", "--results", {str(tmp_path)!r}]
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(10) == 130 and b"the same command resumes" in process.stderr.read()
+    assert process.wait(10) == 130 and b"give the same command again" in process.stderr.read()
     with pytest.raises(ProcessLookupError):
         os.kill(int(log.read_text()), 0)
 
