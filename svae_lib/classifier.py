@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from svae_lib import data
+from svae_lib import data, metrics
 from svae_lib.checkpoints import read_checkpoint, write_checkpoint
 from svae_lib.device import usable
 from svae_lib.errors import UserError
@@ -261,6 +261,5 @@ def load_classifier(dataset: data.Dataset, device: torch.device) -> Classifier:
 @torch.no_grad()
 def accuracy(net: Classifier, split: data.Split) -> float:
     r"""Fraction of `split` that is classified correctly."""
-    images, labels = split.images.split(250), split.labels.split(250)
-    hits = [(net(data.grey(x)).argmax(1) == y).float() for x, y in zip(images, labels, strict=True)]
-    return torch.cat(hits).mean().item()
+    found = torch.cat([net(x).argmax(1) for x in metrics.batches(split.images)])
+    return (found == split.labels).float().mean().item()

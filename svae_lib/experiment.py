@@ -73,8 +73,9 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "stabilised": PLAIN_MLPS | {"penalty": 0.001},
     },
 }  # fmt: skip
-SETTINGS["natural"] = SETTINGS["images"] | {  # and the program that the authors of paper S published
+SETTINGS["natural"] = SETTINGS["images"] | {
     "beyond": SETTINGS["images"]["stabilised"] | {"architecture": "beyond", "z_dim": 1_024, "norm": "group"},
+    # the program that the authors of paper S published
     "authors": {"architecture": "authors", "z_dim": 256, "critic_dropout": 0.0, "beta1": 0.5, "weight": 1.0},
 }
 

@@ -22,15 +22,18 @@ from svae_lib.mixtures import Mixture
 Metric = dict[str, float]
 
 
+BATCH = 250  # images at a time; a bound with thousands of codes an image takes parts of its own (`at_once`)
+
+
 def summary(values: Tensor) -> Metric:
-    r"""Mean, standard error and count of one number per image."""
+    r"""Mean, standard error (of a single one nan) and count of one number per image."""
     values = values.cpu().double()
     return {"value": values.mean().item(), "se": values.std().item() / math.sqrt(len(values)), "n": len(values)}
 
 
-def batches(images: Tensor, size: int = 250) -> Iterator[Tensor]:
+def batches(images: Tensor) -> Iterator[Tensor]:
     r"""uint8 images -> grey fp32 batches."""
-    return map(grey, images.split(size))
+    return map(grey, images.split(BATCH))
 
 
 def proposal(q: Any) -> Any:
@@ -61,7 +64,7 @@ def elbo_parts(
     the levels: grey (A §5.1 on MNIST), or binary_draw for a fresh binarisation. uint8 (N, C, H, W) -> two (N,).
     """
     distortion, rate = [], []
-    for levels in images.split(250):
+    for levels in images.split(BATCH):
         x = see(levels)
         q = proposal(encoder(x))
         z, log_q = q.rsample_and_log_prob()
@@ -176,7 +179,7 @@ def _scaled(nats: Metric, unit: float) -> Metric:
 @torch.no_grad()
 def reconstruct(encoder: nn.Module, decoder: nn.Module, images: Tensor, axis: Axis = Grey) -> Tensor:
     r"""x̂, the decoder mean at the encoder mean, of uint8 images; grey, of their shape."""
-    codes = (proposal(encoder(axis.see(levels))).mean for levels in images.split(250))
+    codes = (proposal(encoder(axis.see(levels))).mean for levels in images.split(BATCH))
     return torch.cat([axis.back(decoder(z).mean) for z in codes])
 
 
@@ -184,7 +187,7 @@ def reconstruction_error(
     encoder: nn.Module, decoder: nn.Module, images: Tensor, axis: Axis = Grey
 ) -> dict[str, Metric]:
     r"""Error of x̂ (`reconstruct`), in both units that "RMSE" may have."""
-    pairs = ((reconstruct(encoder, decoder, levels, axis), grey(levels)) for levels in images.split(250))
+    pairs = ((reconstruct(encoder, decoder, levels, axis), grey(levels)) for levels in images.split(BATCH))
     per_image = torch.cat([(x_hat - x).square().flatten(1).sum(1) for x_hat, x in pairs])
     return error_units(per_image, images[0].numel())
 
@@ -209,7 +212,7 @@ def sample_images(
 ) -> Tensor:
     r"""`count` decoder means at z ~ N(0, I), rounded to uint8 as stored images are; (count, C, H, W)."""
     images = []
-    for size in [250] * (count // 250) + [count % 250] * (count % 250 > 0):
+    for size in [BATCH] * (count // BATCH) + [count % BATCH] * (count % BATCH > 0):
         mean = decoder(torch.randn(size, z_dim, device=device)).mean
         images.append((axis.back(mean) * 255).round().clamp(0, 255).to(torch.uint8))
     return torch.cat(images)
@@ -219,8 +222,9 @@ def sample_images(
 def classifier_score(log_probs: Callable[[Tensor], Tensor], images: Tensor, splits: int = 10) -> Metric:
     r"""exp E_x KL(p(y|x) ‖ p(y)), the inception score with p(y|x) from the given classifier.
 
-    x runs over the model's samples (A §5.1 prints q(x); erratum 5). Mean and standard deviation over
-    `splits` equal parts. `log_probs` maps grey (B, C, H, W) to (B, classes). Source: Salimans et al. 2016.
+    x runs over the model's samples (A §5.1 prints q(x); erratum 5). Mean and standard deviation over `splits` parts,
+    equal if their number divides that of the images. `log_probs` maps grey (B, C, H, W) to (B, classes). Source:
+    Salimans et al. 2016.
     """
     log_p = torch.cat([log_probs(x) for x in batches(images)]).cpu().double()
     scores = []
@@ -229,6 +233,11 @@ def classifier_score(log_probs: Callable[[Tensor], Tensor], images: Tensor, spli
         scores.append(torch.where(part.exp() == 0, 0.0, part.exp() * ratio).sum(1).mean().exp())
     scores = torch.stack(scores)
     return {"value": scores.mean().item(), "se": scores.std(correction=splits > 1).item(), "n": len(images)}
+
+
+def _from_uniform(share: Tensor) -> float:
+    """KL(share ‖ uniform) in nats."""
+    return (math.log(len(share)) - torch.special.entr(share).sum()).item()
 
 
 def coverage(mixture: Mixture, x: Tensor) -> dict[str, Metric]:
@@ -247,7 +256,7 @@ def coverage(mixture: Mixture, x: Tensor) -> dict[str, Metric]:
     return {
         "modes": {"value": float(len(nearest[good].unique())), **exact},
         "high_quality": summary(good),
-        "mode_kl": {"value": (math.log(count) - torch.special.entr(share).sum()).item(), **exact},
+        "mode_kl": {"value": _from_uniform(share), **exact},
     }
 
 
@@ -264,5 +273,5 @@ def stacked_coverage(log_probs: Callable[[Tensor], Tensor], images: Tensor) -> d
     exact = {"se": 0.0, "n": len(images)}
     return {
         "modes": {"value": float((share > 0).sum()), **exact},
-        "mode_kl": {"value": (math.log(1000) - torch.special.entr(share).sum()).item(), **exact},
+        "mode_kl": {"value": _from_uniform(share), **exact},
     }

@@ -113,8 +113,8 @@ class Trainer:
 
     @property
     def engine(self) -> str:
-        r"""graph or eager: how updates are done by now."""
-        return "graph" if self.replays and self.advance.captured else "eager"
+        r"""graph or eager: how updates are done."""
+        return "graph" if self.replays and not self.advance.waits else "eager"
 
     def _number(self, value: float) -> float | Tensor:
         r"""A number that changes from update to update; for a graph, in memory that it reads."""
