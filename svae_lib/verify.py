@@ -146,7 +146,8 @@ class Observer:
 def run_proofs(root: Path = ROOT) -> list[Proof]:
     r"""Run `tests/equations` and return the proofs that belong to an equation.
 
-    Raises UserError if pytest is missing or could not collect the tests.
+    Raises UserError if pytest is missing, could not collect the tests, or if one that belongs to no equation did not
+    pass: it has no row in the ledger to be seen in, and the others may rest on it.
     """
     need("pytest", "dev")
     import pytest
@@ -158,7 +159,10 @@ def run_proofs(root: Path = ROOT) -> list[Proof]:
     code = pytest.main([str(folder), *options], plugins=[observer])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise UserError(f"the tests in {folder} could not be run; pytest says why above")
-    return [proof for proof in observer.proofs.values() if proof.equations]
+    proofs = list(observer.proofs.values())
+    if lost := [proof.name for proof in proofs if proof.outcome != "passed" and not proof.equations]:
+        raise UserError(f"tests that the proofs rest on did not pass: {', '.join(lost)}; pytest says why above")
+    return [proof for proof in proofs if proof.equations]
 
 
 def write(proofs: list[Proof], folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """The claims ledger: what is read from names, docstrings and chapters, and that a failure cannot hide."""
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_markdown_cell, new_notebook
 
-from svae_lib import verify
+from svae_lib import commands, verify
 from svae_lib.errors import UserError
 from svae_lib.verify import Claim, Proof
 
@@ -72,12 +73,21 @@ def test_a_chapter_names_what_it_labels(tmp_path):
         verify.statements(tmp_path)
 
 
-def test_a_run_of_proofs_sees_errors_and_failures(tmp_path):
-    folder = tmp_path / "tests" / "equations"
+def run_toy(root, tests):
+    """Run tests as `svae verify` runs the proofs, in a process of their own, and store the outcome."""
+    folder = root / "tests" / "equations"
     folder.mkdir(parents=True)
     for name in ("conftest.py", "proof.py"):
         shutil.copy2(EQUATIONS / name, folder)
-    (folder / "test_toy.py").write_text(
+    (folder / "test_toy.py").write_text(tests)
+    program = "import sys, pathlib\nfrom svae_lib import verify\nroot = pathlib.Path(sys.argv[1])\n"
+    program += "verify.write(verify.run_proofs(root), root)\n"
+    return subprocess.run([sys.executable, "-c", program, str(root)], capture_output=True, text=True)
+
+
+def test_a_run_of_proofs_sees_errors_and_failures(tmp_path):
+    run_toy(
+        tmp_path,
         "import pytest, torch\n"
         "from proof import same\n"
         "one = torch.ones(1).double()\n"
@@ -85,15 +95,37 @@ def test_a_run_of_proofs_sees_errors_and_failures(tmp_path):
         "def test_S1_holds(error): same(one + 2 * error, one)\n"
         "@pytest.mark.parametrize('error', [0.0, 1.0, 0.0])\n"
         "def test_S2_fails(error): same(one + error, one)\n"
-        "def test_of_nothing(): pass\n"
+        "def test_of_nothing(): pass\n",
     )
-    program = "import sys, pathlib\nfrom svae_lib import verify\nroot = pathlib.Path(sys.argv[1])\n"
-    program += "verify.write(verify.run_proofs(root), root)\n"
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, capture_output=True)
     holds, fails = verify.read(tmp_path)
     assert (holds.name, holds.outcome) == ("test_S1_holds", "passed")
     assert (fails.name, fails.outcome) == ("test_S2_fails", "failed")
     assert holds.observed["exact"] == pytest.approx(1e-10, rel=1e-3) and fails.observed["exact"] == pytest.approx(0.5)
+
+
+def test_a_failure_that_belongs_to_no_equation_is_one_sentence(tmp_path):
+    done = run_toy(
+        tmp_path,
+        "import torch\n"
+        "from proof import same\n"
+        "def test_S1_holds(): same(torch.ones(1), torch.ones(1))\n"
+        "def test_of_nothing(): assert False\n",
+    )
+    sentence = "UserError: tests that the proofs rest on did not pass: test_of_nothing; pytest says why above"
+    assert done.stderr.splitlines()[-1].endswith(sentence)
+    assert not (tmp_path / "claims.json").exists()
+
+
+def test_one_failed_proof_is_named_below_the_table(monkeypatch, capsys):
+    proofs = [Proof("f", f"test_{number}_holds", observed={"exact": 3e-15}) for number in verify.EQUATIONS]
+    proofs.append(Proof("f", "test_S3_fails", outcome="failed"))
+    monkeypatch.setattr(verify, "run_proofs", lambda: proofs)
+    with pytest.raises(UserError, match="^not verified: S3; the messages above say why$"):
+        commands.verify_command(argparse.Namespace(store=True))  # raised before anything is stored
+    _, *rows, held = capsys.readouterr().out.splitlines()
+    assert [row.split()[:2] for row in rows[:3]] == [["S1", "holds"], ["S2", "holds"], ["S3", "FAILED"]]
+    assert held == "50 of 51 equations verified"
+    assert "exact to 3e-15" in rows[13] and "objectives.symmetric" in rows[13]
 
 
 def test_no_tests_and_no_ledger_are_one_sentence(tmp_path):

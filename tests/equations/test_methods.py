@@ -179,7 +179,7 @@ def mean_log(under, density):
 
 
 @dims
-def test_as_vae_rows_with_exact_critics(x_dim, z_dim):
+def test_A10_A11_as_vae_rows_with_exact_critics(x_dim, z_dim):
     world = World.random(x_dim, z_dim, seed=5).with_grad()
     of_row = {"as-vae-r": CRITICS_A[:1], "as-vae-g": CRITICS_A[1:], "as-vae": CRITICS_A}
     reconstruct, generate = halves(world, world.frozen())
@@ -204,7 +204,7 @@ def climb(method, draws):
     return torch.cat([len(psi[0]) * slope for slope in torch.autograd.grad(value, psi)], -1)
 
 
-def test_as_vae_critic_objective_is_stationary_at_the_exact_critics():
+def test_A5_A6_as_vae_critic_objective_is_stationary_at_the_exact_critics():
     world = World.random(1, 1, seed=6)
     noise = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     slopes = climb("as-vae", exact_draws(world, names=CRITICS_A, eps=noise, blocks=50))
@@ -219,7 +219,7 @@ def test_as_vae_critic_objective_is_stationary_at_the_exact_critics():
 
 
 @planes
-def test_critic_objective_is_stationary_at_the_exact_critic(seed):
+def test_S10_critic_objective_is_stationary_at_the_exact_critic(seed):
     rows = {row.name for row in methods.ROWS if row.critic is methods.lrt}
     assert rows == {"svae", "svae-r", "svae-exact", "svae-elbo", "ali", "ali-saturating", "alice", "alice-l1"}
     world, noise, weights = plane(seed)
@@ -235,7 +235,7 @@ def test_critic_objective_is_stationary_at_the_exact_critic(seed):
 
 
 @planes
-def test_ali_saturating_follows_jensen_and_shannon(seed):
+def test_S18_ali_saturating_follows_jensen_and_shannon(seed):
     world, noise, weights = plane(seed)
     with Weighted(weights):
         value = METHODS["ali-saturating"].player(exact_draws(world, eps=noise))
@@ -246,7 +246,7 @@ def test_ali_saturating_follows_jensen_and_shannon(seed):
 
 
 @planes
-def test_ali_follows_one_divergence_from_the_mixture_per_player(seed):
+def test_S19_ali_follows_one_divergence_from_the_mixture_per_player(seed):
     world, noise, weights = plane(seed)
     with Weighted(weights):
         value = METHODS["ali"].player(exact_draws(world, eps=noise))
@@ -366,7 +366,7 @@ def nothing(world):
 
 
 @dims
-def test_avb_rows_with_exact_critics_follow_the_bound(x_dim, z_dim):
+def test_S1_avb_rows_with_exact_critics_follow_the_bound(x_dim, z_dim):
     world = World.random(x_dim, z_dim, seed=7).with_grad()
     for name, critic in (("avb", log_reference), ("avb-ac", nothing)):
         value = METHODS[name].player(exact_draws(world, names=[critic]))
