@@ -67,7 +67,7 @@ def symmetric_with_reconstruction(
 
     `log_p_x_given_z` is taken on encoder pairs, `log_q_z_given_x` on decoder pairs, `weight` is λ.
     With λ = 1 and both log-densities taken at *detached* draws the gradient of ℓ' is that of
-    −KL_s exactly (proved in tests/equations/test_methods.py); with the draws attached it is S29 as printed.
+    −KL_s exactly (proved in tests/equations/test_objectives.py); with the draws attached it is S29 as printed.
     """
     reconstruction = log_p_x_given_z.mean() + log_q_z_given_x.mean()
     return symmetric(f_q, f_p) + weight * reconstruction
