@@ -95,11 +95,13 @@ def test_a_run_of_proofs_sees_errors_and_failures(tmp_path):
         "def test_S1_holds(error): same(one + 2 * error, one)\n"
         "@pytest.mark.parametrize('error', [0.0, 1.0, 0.0])\n"
         "def test_S2_fails(error): same(one + error, one)\n"
+        "def test_S3_says_nothing(): assert one > 0\n"
         "def test_of_nothing(): pass\n",
     )
-    holds, fails = verify.read(tmp_path)
+    holds, fails, silent = verify.read(tmp_path)
     assert (holds.name, holds.outcome) == ("test_S1_holds", "passed")
     assert (fails.name, fails.outcome) == ("test_S2_fails", "failed")
+    assert (silent.name, silent.outcome) == ("test_S3_says_nothing", "failed")
     assert holds.observed["exact"] == pytest.approx(1e-10, rel=1e-3) and fails.observed["exact"] == pytest.approx(0.5)
 
 

@@ -21,13 +21,13 @@ import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from proof import DIMS, PROOF, SEEDS, disproved, gradient, proved, refuses, same
+from proof import DIMS, PROOF, SEEDS, about, disproved, gradient, proved, refuses, same
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 from torch.nn.functional import logsigmoid
 
 from svae_lib.exact import PHI, THETA, World, cubature, lattice
-from svae_lib.objectives import critic_lrt, non_saturating, saturating, symmetric
+from svae_lib.objectives import non_saturating, saturating, symmetric
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 LOG2 = math.log(2)
@@ -344,13 +344,12 @@ def test_S18_S19_erratum_maximising_S19_is_not_minimising_S18(
 ) -> None:
     r"""Paper S says that maximising S19 is the minimisation in S18, but value and gradient differ.
 
-    What holds: S19 is g with its labels exchanged, S14 is the sum of both, and both are flat where the joints agree.
+    What holds: S14 is the sum of both, and both are flat where the joints agree.
     """
     w, nodes = parallel(x_dim, z_dim, seed, distance)
     s18, s19 = (mean(objective, w, w.frozen(), nodes) for objective in (saturating, non_saturating))
     refuses(s19, s18, -s18)
     refuses(gradient(s19, w), gradient(s18, w), -gradient(s18, w))
-    same(s19, mean(lambda f_q, f_p: critic_lrt(f_q=f_p, f_p=f_q), w, w.frozen(), nodes))
     same(s18 + s19, w.ell(w.frozen()))
 
     home = agreed(x_dim, z_dim, seed).with_grad()
@@ -372,8 +371,9 @@ def test_S14_S18_S19_near_agreement_all_gradients_are_parallel(x_dim: int, z_dim
         gradient(mean(objective, w, w.frozen(), nodes), w) for objective in (symmetric, saturating, non_saturating)
     )
     size = s14.norm()
-    assert (s18 - s14 / 2).norm() < 1e-3 * size and (s19 - s14 / 2).norm() < 1e-3 * size
-    assert (s18 - s14).norm() > 0.4 * size
+    for other in (s18, s19):
+        about((other - s14 / 2).norm() / size, 0.0, 1e-3)  # what is left out is of the order of the distance
+        assert (other - s14).norm() > 0.4 * size
 
 
 # Saturation ----------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def test_S14_game_of_the_offsets_in_symbols() -> None:
     refuses(jacobian(games.wake_sleep, w)[[1, 4]][:, [1, 4]], by_hand)
 
 
-def test_S14_where_only_the_offsets_learn_climbing_lowers_the_value() -> None:
+def test_where_only_the_offsets_learn_climbing_S14_lowers_its_value() -> None:
     r"""Two sharp conditionals with opposite offsets: the step that S14 asks of b and c increases KL_s."""
     w = World(*(torch.tensor(v).double() for v in ([0.0], [[1.0]], [[0.5]], [0.3], [-2.3], [[0.5]], [-0.3], [-2.3])))
 
