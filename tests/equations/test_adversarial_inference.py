@@ -21,7 +21,22 @@ import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from proof import DIMS, PROOF, SEEDS, about, disproved, gradient, proved, refuses, same
+from proof import (
+    DIMS,
+    PROOF,
+    SEEDS,
+    about,
+    correlated,
+    disproved,
+    gradient,
+    matched,
+    normal,
+    number,
+    proved,
+    refuses,
+    same,
+    scores,
+)
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 from torch.nn.functional import logsigmoid
@@ -39,14 +54,6 @@ def quick():
     Distribution.set_default_validate_args(False)
     yield
     Distribution.set_default_validate_args(True)
-
-
-def number(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def each(objective: Objective, f_q: Tensor, f_p: Tensor) -> Tensor:
@@ -236,8 +243,8 @@ Nodes = tuple[Tensor, Tensor, Tensor]  # noise of encoder pairs, noise of decode
 
 def mean(objective: Objective, w: World, critic: World, nodes: Nodes) -> Tensor:
     noise_q, noise_p, weights = nodes
-    scores = critic.log_ratio(*w.encoder_pairs(noise_q)), critic.log_ratio(*w.decoder_pairs(noise_p))
-    return weights @ each(objective, *scores)
+    f_q, f_p = critic.log_ratio(*w.encoder_pairs(noise_q)), critic.log_ratio(*w.decoder_pairs(noise_p))
+    return weights @ each(objective, f_q, f_p)
 
 
 def divergences(w: World, nodes: Nodes) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,17 +265,6 @@ def divergences(w: World, nodes: Nodes) -> tuple[Tensor, Tensor, Tensor]:
 def plane(seed: int) -> tuple[World, Nodes]:
     noise, weights = lattice()
     return World.random(1, 1, seed).with_grad(), (noise, noise, weights)
-
-
-def agreed(x_dim: int, z_dim: int, seed: int) -> World:
-    r"""A world with q_φ(x, z) = p_θ(x, z): decoder directions orthogonal, so that the posterior is diagonal."""
-    w = World.random(x_dim, z_dim, seed)
-    u, sizes, _ = torch.linalg.svd(w.W, full_matrices=True)
-    gains = torch.zeros_like(w.W)
-    gains.diagonal().copy_(sizes)
-    w = replace(w, W=(w.s / 2).exp()[:, None] * (u @ gains))
-    back, data = w.p_z_given_x, w.p_x
-    return World(data.mean, data.covariance_matrix, w.W, w.b, w.s, back.gain, back.offset, back.cov.diagonal().log())
 
 
 def shifted(w: World, distance: float, seed: int) -> World:
@@ -293,7 +289,7 @@ def pencil(pairs: Callable[[Tensor], tuple[Tensor, Tensor]], critic: World) -> t
 
 
 def parallel(x_dim: int, z_dim: int, seed: int, distance: float) -> tuple[World, Nodes]:
-    w = shifted(agreed(x_dim, z_dim, seed), distance, seed)
+    w = shifted(matched(x_dim, z_dim, seed), distance, seed)
     (noise_q, weights), (noise_p, _) = pencil(w.encoder_pairs, w), pencil(w.decoder_pairs, w)
     return w.with_grad(), (noise_q, noise_p, weights)
 
@@ -352,12 +348,11 @@ def test_S18_S19_erratum_maximising_S19_is_not_minimising_S18(
     refuses(gradient(s19, w), gradient(s18, w), -gradient(s18, w))
     same(s18 + s19, w.ell(w.frozen()))
 
-    home = agreed(x_dim, z_dim, seed).with_grad()
-    noise = cubature(x_dim + z_dim)
-    same(home.log_ratio(*home.encoder_pairs(noise)), torch.zeros(len(noise)).double())
+    home = matched(x_dim, z_dim, seed).with_grad()
+    f_q, f_p = scores(home, home.frozen())
+    same(f_q, torch.zeros_like(f_q))
     for objective, value in ((saturating, 2 * LOG2), (non_saturating, -2 * LOG2), (symmetric, 0.0)):
-        scores = (home.frozen().log_ratio(*pairs(noise)) for pairs in (home.encoder_pairs, home.decoder_pairs))
-        reached = objective(*scores)
+        reached = objective(f_q, f_p)
         same(reached, number(value))
         same(gradient(reached, home), torch.zeros_like(gradient(reached, home)))
 
@@ -417,35 +412,28 @@ def test_S14_S18_S19_weight_of_one_pair(f: float) -> None:
 # What none of them sees ----------------------------------------------------------------------------------
 
 
-def coupled(rho: float) -> World:
-    r"""Equal joints with standard normal marginals and correlation ρ."""
-    one, rho_, log_var = number(1.0)[None], number(rho)[None, None], number(1 - rho**2).log()[None]
-    return World(0 * one, one[None], rho_, 0 * one, log_var, rho_, 0 * one, log_var)
-
-
 @PROOF
 @given(rho=st.floats(-0.99, 0.99))
 def test_S14_S18_S19_say_nothing_about_reconstruction(rho: float) -> None:
     r"""Every coupling of q(x) and p(z) is an equilibrium, with any reconstruction from useless to perfect."""
-    w = coupled(rho).with_grad()
+    w = correlated(rho).with_grad()
     same(w.kl_s(), number(0.0))
-    noise = cubature(2)
-    scores = [w.frozen().log_ratio(*pairs(noise)) for pairs in (w.encoder_pairs, w.decoder_pairs)]
+    f = scores(w, w.frozen())
     for objective, value in ((saturating, 2 * LOG2), (non_saturating, -2 * LOG2), (symmetric, 0.0)):
-        same(objective(*scores), number(value))
-        flat = gradient(objective(*scores), w)
+        same(objective(*f), number(value))
+        flat = gradient(objective(*f), w)
         same(flat, torch.zeros_like(flat))
     same(w.L_x(), w.C_x)  # the evidence lower bound cannot tell them apart either
     log_likelihood = w.expected_log_decoder(w.q)
     same(log_likelihood, number(-0.5 * math.log(2 * math.pi * math.e * (1 - rho**2))))
     if abs(rho) > 0.1:
-        refuses(log_likelihood, coupled(0.0).expected_log_decoder(coupled(0.0).q))
+        refuses(log_likelihood, correlated(0.0).expected_log_decoder(correlated(0.0).q))
 
 
 def test_S18_two_encoders_equal_in_js_unequal_in_reconstruction() -> None:
     r"""One decoder; an encoder that ignores x, and a narrow one that does not, found by bisection at the same JS."""
     noise, weights = lattice()
-    w, nodes = coupled(0.8), (noise, noise, weights)
+    w, nodes = correlated(0.8), (noise, noise, weights)
 
     def js2(v: World) -> Tensor:
         return divergences(v, nodes)[0]

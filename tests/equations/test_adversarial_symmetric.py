@@ -17,14 +17,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from proof import (
-    DIMS,
+    ONE_CODE,
     PROOF,
     SEEDS,
     about,
+    agreed,
+    batches,
+    correlated,
     difference,
     disproved,
     estimates,
+    four,
     gradient,
+    logs,
+    normal,
+    points,
     proved,
     refuses,
     refuses_estimates,
@@ -35,7 +42,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence as KL
 from torch.nn.functional import logsigmoid
 
-from svae_lib.exact import PHI, THETA, World, cubature, expected_kl, expected_log_prob
+from svae_lib.exact import PHI, THETA, World, expected_kl, expected_log_prob
 from svae_lib.grid import minimise
 from svae_lib.objectives import adversarial_symmetric, critic_lrt, symmetric_with_reconstruction
 
@@ -116,7 +123,7 @@ def tables(test):
 
 
 def some_scores() -> Tensor:
-    return torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return normal(3, 3, seed=0)
 
 
 def test_A4_stationary_and_concave_at_every_point() -> None:
@@ -178,17 +185,6 @@ def test_A5_A6_draws_of_one_batch_become_independent_when_shuffled(t: Tables) ->
         same(frequency, x_marginal * z_marginal)
     if t.generic:
         refuses(t.p, t.p_x * t.p_z)
-
-
-def points(w: World) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    xz = 2 * torch.randn(5, len(w.m) + len(w.c), generator=generator, dtype=torch.float64)
-    return xz[:, w.x], xz[:, w.z]
-
-
-def four(w: World, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-    r"""log q(x), log q_φ(z|x), log p(z), log p_θ(x|z)."""
-    return w.q_x.log_prob(x), w.encoder()(x).log_prob(z), w.p_z.log_prob(z), w.decoder()(z).log_prob(x)
 
 
 @worlds
@@ -358,17 +354,10 @@ def test_A21_A22_code_bound_as_two_divergences(w: World) -> None:
 # A10, A11: the cumulative objective ------------------------------------------------------------------------
 
 
-def batches(w: World, noise: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    r"""Encoder pairs and decoder pairs, differentiable; without noise, at the exact cubature points."""
-    noise = cubature(len(w.m) + len(w.c)) if noise is None else noise
-    return w.encoder_pairs(noise), w.decoder_pairs(noise)
-
-
 def terms(w: World, critic: World) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""The four arguments of `adversarial_symmetric` on a batch of world w, the critics exact for another."""
-    (x_q, z_q), (x_p, z_p) = batches(w)
-    log_p, log_q = w.decoder()(z_q).log_prob(x_q), w.encoder()(x_p).log_prob(z_p)
-    return log_p, critic.f_1(x_q, z_q), log_q, critic.f_2(x_p, z_p)
+    (log_p, log_q), (encoder_pairs, decoder_pairs) = logs(w, w), batches(w)
+    return log_p, critic.f_1(*encoder_pairs), log_q, critic.f_2(*decoder_pairs)
 
 
 @worlds
@@ -553,15 +542,6 @@ def test_A12_erratum_maximum_over_the_critics_is_unbounded(w: World, shift: floa
     refuses(-adversarial_symmetric(log_p, f_1 + shift, log_q, f_2 + shift), value)
 
 
-def agreed(w: World) -> World:
-    r"""A world whose joints agree: its data are the model's, its encoder the posterior (1-D codes: diagonal)."""
-    back, data = w.p_z_given_x, w.p_x
-    return World(data.mean, data.covariance_matrix, w.W, w.b, w.s, back.gain, back.offset, back.cov.diagonal().log())
-
-
-ONE_CODE = st.builds(World.random, x_dim=DIMS, z_dim=st.just(1), seed=SEEDS)
-
-
 @worlds(w=ONE_CODE)
 def test_A12_agreement_is_stationary_and_the_critics_are_equal(w: World) -> None:
     e = agreed(w).with_grad()
@@ -581,13 +561,6 @@ def test_A12_neither_player_alone_improves_on_agreement(w: World, other: int) ->
     same(decoder.L_VAExz(e) - e.L_VAExz(e), -KL(e.p, decoder.p))
     same(encoder.L_VAExz(e) - e.L_VAExz(e), -KL(e.q, encoder.q))
     refuses(decoder.L_VAExz(e) - e.L_VAExz(e), -KL(decoder.p, e.p), ZERO)
-
-
-def correlated(rho: float) -> World:
-    r"""Standard normal data and codes with correlation ρ, in both joints alike."""
-    one, gain = torch.ones(1).double(), torch.full((1, 1), rho).double()
-    noise = (1 - rho**2) * one
-    return World(0 * one, one[:, None], gain, 0 * one, noise.log(), gain, 0 * one, noise.log())
 
 
 @pytest.mark.parametrize(("here", "there"), [(0.5, 0.7), (0.5, 0.2), (0.0, 0.3), (0.9, 0.99)])

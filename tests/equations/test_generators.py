@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import pytest
 import sympy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from proof import PROOF, SEEDS, disproved, estimates, gradient, proved, refuses, refuses_estimates, same, worlds
+from proof import PROOF, SEEDS, disproved, estimates, gradient, number, proved, refuses, refuses_estimates, same, worlds
 from scipy.special import wrightomega
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
@@ -27,8 +26,6 @@ from svae_lib.exact import PHI, THETA, World, cubature, expected_log_prob
 from svae_lib.generators import RULES, frozen, halfway, jensen_shannon
 from svae_lib.grid import kl
 from svae_lib.objectives import critic_lrt, non_saturating, saturating, symmetric
-
-number = partial(torch.tensor, dtype=torch.float64)  # of Python numbers, which torch would round to float32
 
 # The three worlds -----------------------------------------------------------------------------
 

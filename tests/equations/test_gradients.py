@@ -15,10 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proof import (
-    DIMS,
+    ONE_CODE,
     PROOF,
     SEEDS,
     WORLDS,
+    agreed,
+    best_encoder,
     disproved,
     estimates,
     gradient,
@@ -37,7 +39,6 @@ from svae_lib.games import field, jacobian
 
 FEW = settings(PROOF, max_examples=10)
 SMALL = st.builds(World.random, x_dim=st.integers(1, 3), z_dim=st.integers(1, 2), seed=SEEDS)
-ONE_CODE = st.builds(World.random, x_dim=DIMS, z_dim=st.just(1), seed=SEEDS)
 
 
 def n_theta(w: World) -> int:
@@ -49,17 +50,6 @@ def quarters(w: World) -> dict[str, Tensor]:
     w = w.with_grad()
     directions = {"qp": KL(w.q, w.p), "pq": KL(w.p, w.q)}
     return {k + n: -gradient(v, w, names) for k, v in directions.items() for n, names in (("θ", THETA), ("φ", PHI))}
-
-
-def best_encoder(w: World) -> World:
-    r"""The encoder becomes the model's posterior; with a 1-D code the family contains it."""
-    posterior = w.p_z_given_x
-    return replace(w, V=posterior.gain, c=posterior.offset, t=posterior.cov.diagonal().log())
-
-
-def agreement(w: World) -> World:
-    r"""Data drawn from the model, and the posterior as encoder: p_θ(x, z) = q_φ(x, z)."""
-    return best_encoder(replace(w, m=w.p_x.mean, S=w.p_x.covariance_matrix))
 
 
 # Which gradient it is ------------------------------------------------------------------------------
@@ -130,7 +120,7 @@ def test_S14_field_is_a_gradient_only_where_both_directions_have_the_same_mixed_
 @given(w=st.builds(World.random, x_dim=st.integers(1, 3), z_dim=st.just(1), seed=SEEDS))
 def test_S14_S15_where_the_joints_agree_it_is_half_of_the_symmetric_gradient(w: World) -> None:
     r"""Same directions, half the rate, and the same flat directions; away from agreement it is not so."""
-    moved, w = w, agreement(w)
+    moved, w = w, agreed(w)
     same(w.kl_s(), torch.zeros(()).double())
     same(field(games.svae, w), torch.zeros_like(field(games.svae, w)))
     J, other, both = (jacobian(o, w) for o in (games.svae, games.wake_sleep, games.svae_exact))
@@ -256,7 +246,7 @@ def test_S14_end_points_from_reverse_to_forward(rho: float, weight: float) -> No
 
 def test_S14_has_no_noise_at_agreement_and_wake_sleep_has() -> None:
     r"""There f* = 0, so its slope is zero at every draw; the score of the decoder has the Fisher information."""
-    w = agreement(World.random(1, 1, 4))
+    w = agreed(World.random(1, 1, 4))
     noise = torch.randn(50_000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x, z = (u.requires_grad_() for u in w.decoder_pairs(noise))
     slopes = torch.autograd.grad(w.log_ratio(x, z).sum(), (x, z))

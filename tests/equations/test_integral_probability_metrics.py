@@ -14,7 +14,7 @@ import sympy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from proof import PROOF, SEEDS, disproved, estimates, proved, refuses, refuses_estimates, same, worlds
+from proof import PROOF, SEEDS, disproved, estimates, normal, proved, refuses, refuses_estimates, same, worlds
 from scipy.stats import wasserstein_distance
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
@@ -22,10 +22,6 @@ from torch.func import vmap
 
 from svae_lib import grid, ipm, objectives
 from svae_lib.exact import cubature
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 class Table:

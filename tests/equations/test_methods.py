@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from svae_lib import methods
 from svae_lib.densities import standard_normal_log_prob
 from svae_lib.draws import Draws, Method, Model
-from svae_lib.exact import PHI, THETA, World, cubature, lattice
+from svae_lib.exact import PHI, THETA, World, cubature, expected_log_prob, lattice
 from svae_lib.generators import halfway, jensen_shannon
 from svae_lib.grid import kl
 from svae_lib.methods import METHODS
@@ -168,14 +168,10 @@ CRITICS_A = ("f_1", "f_2")
 
 def halves(w, critic):
     """A10 in closed form: E_qφ[log p_θ(x|z) − f_1*] and E_pθ[log q_φ(z|x) − f_2*], the critics those of a world."""
-    f_1 = mean_log(w.q, critic.q) - mean_log(w.q_x, critic.p_x) - mean_log(w.q_z, critic.p_z)
-    f_2 = mean_log(w.p, critic.p) - mean_log(w.p_x, critic.q_x) - mean_log(w.p_z, critic.q_z)
+    E = expected_log_prob
+    f_1 = E(w.q, critic.q) - E(w.q_x, critic.p_x) - E(w.q_z, critic.p_z)
+    f_2 = E(w.p, critic.p) - E(w.p_x, critic.q_x) - E(w.p_z, critic.q_z)
     return w.expected_log_decoder(w.q) - f_1, w.expected_log_encoder(w.p) - f_2
-
-
-def mean_log(under, density):
-    """E_under log density."""
-    return -kl_divergence(under, density) - under.entropy()
 
 
 @dims

@@ -18,11 +18,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from proof import DIMS, PROOF, SEEDS, about, gradient, refuses, same, worlds
+from proof import (
+    ONE_CODE,
+    PROOF,
+    SEEDS,
+    about,
+    agreed,
+    batches,
+    gradient,
+    logs,
+    normal,
+    number,
+    refuses,
+    same,
+    scores,
+    worlds,
+)
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from svae_lib.exact import PHI, THETA, World, cubature
+from svae_lib.exact import PHI, THETA, World
 from svae_lib.objectives import (
     critic_lrt,
     elbo,
@@ -30,11 +45,6 @@ from svae_lib.objectives import (
     symmetric,
     symmetric_with_reconstruction,
 )
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
 
 # Tables: expectations under discrete q and p are batch means -------------------------------------
 
@@ -85,7 +95,7 @@ def test_S10_is_stationary_at_the_log_ratio(table: Table, seed: int) -> None:
 def test_S10_maximum_is_twice_the_jensen_shannon_divergence_minus_2_log_2(table: Table, seed: int) -> None:
     best = table.g(table.f_star)
     same(best, 2 * table.js() - 2 * math.log(2))
-    same(table.g(torch.zeros_like(table.f_star)), torch.tensor(-2 * math.log(2), dtype=torch.float64))
+    same(table.g(torch.zeros_like(table.f_star)), number(-2 * math.log(2)))
     assert table.g(table.f_star + normal(len(table.q), seed=seed)) < best  # strictly concave: one maximum
     if table.js() > 1e-3:
         refuses(best, table.js() - 2 * math.log(2), 2 * table.js(), 2 * table.js() + 2 * math.log(2))
@@ -166,23 +176,10 @@ def test_S11_logistic_regression_recovers_a_gaussian_log_ratio() -> None:
 # Cubature: batch means in the linear-Gaussian world are expectations -----------------------------
 
 
-def encoder_pairs(w: World) -> tuple[Tensor, Tensor]:
-    return w.encoder_pairs(cubature(len(w.m) + len(w.c)))
-
-
-def decoder_pairs(w: World) -> tuple[Tensor, Tensor]:
-    return w.decoder_pairs(cubature(len(w.m) + len(w.c)))
-
-
-def scores(w: World, critic: World) -> tuple[Tensor, Tensor]:
-    r"""f_q and f_p of a batch from world w under the log-ratio of another world."""
-    return critic.log_ratio(*encoder_pairs(w)), critic.log_ratio(*decoder_pairs(w))
-
-
 @worlds
 def test_S1_elbo_value_and_gradient(w: World) -> None:
     w = w.with_grad()
-    x, z = encoder_pairs(w)
+    x, z = batches(w)[0]
     log_p, kl = w.decoder()(z).log_prob(x), w.encoder()(x).kl_to_standard()
     value = elbo(log_p, kl)
     same(value, w.L_x())
@@ -232,47 +229,38 @@ def test_S15_gradient_through_the_critic_is_that_of_the_symmetric_kl(w: World) -
     refuses(gradient(value, w), gradient(symmetric(*scores(w, w.frozen())), w))
 
 
-@worlds(w=st.builds(World.random, x_dim=DIMS, z_dim=st.just(1), seed=SEEDS))
+@worlds(w=ONE_CODE)
 def test_S15_zero_and_flat_when_the_joints_agree(w: World) -> None:
-    r"""q(x) = p_θ(x) and the encoder the posterior (1-D codes, so that it is diagonal)."""
-    back, data = w.p_z_given_x, w.p_x
-    agreed = World(data.mean, data.covariance_matrix, w.W, w.b, w.s, back.gain, back.offset, back.cov.diagonal().log())
-    agreed = agreed.with_grad()
-    value = symmetric(*scores(agreed, agreed.frozen()))
+    e = agreed(w).with_grad()
+    value = symmetric(*scores(e, e.frozen()))
     same(value, torch.zeros(()).double())
-    same(gradient(value, agreed), torch.zeros_like(gradient(value, agreed)))
+    same(gradient(value, e), torch.zeros_like(gradient(value, e)))
     moved = symmetric(*scores(w, w))
     assert moved < -1e-3
-
-
-def reconstruction(w: World, drawn: World) -> tuple[Tensor, Tensor]:
-    r"""log p_θ(x|z) on encoder pairs and log q_φ(z|x) on decoder pairs, drawn from world `drawn`."""
-    (x_q, z_q), (x_p, z_p) = encoder_pairs(drawn), decoder_pairs(drawn)
-    return w.decoder()(z_q).log_prob(x_q), w.encoder()(x_p).log_prob(z_p)
 
 
 @worlds(weight=st.floats(0.05, 3))
 def test_S29_as_printed_with_attached_draws(w: World, weight: float) -> None:
     w = w.with_grad()
-    f, logs = scores(w, w.frozen()), reconstruction(w, w)
-    value = symmetric_with_reconstruction(*f, *logs, weight=weight)
+    f, fit = scores(w, w.frozen()), logs(w, w)
+    value = symmetric_with_reconstruction(*f, *fit, weight=weight)
     exact = w.ell(w.frozen()) + weight * (w.expected_log_decoder(w.q) + w.expected_log_encoder(w.p))
     same(value, exact)
     same(gradient(value, w), gradient(exact, w))
     forgotten = symmetric(*f)
-    negative = symmetric_with_reconstruction(*f, *logs, weight=-weight)
-    doubled = symmetric_with_reconstruction(*f, *logs, weight=2 * weight)
+    negative = symmetric_with_reconstruction(*f, *fit, weight=-weight)
+    doubled = symmetric_with_reconstruction(*f, *fit, weight=2 * weight)
     for wrong in (forgotten, negative, doubled):
         refuses(gradient(value, w), gradient(wrong, w))
-    refuses(value, symmetric_with_reconstruction(f[1], f[0], *logs, weight=weight))
+    refuses(value, symmetric_with_reconstruction(f[1], f[0], *fit, weight=weight))
 
 
 @worlds
 def test_S29_with_detached_draws_and_unit_weight_follows_the_symmetric_kl(w: World) -> None:
     w = w.with_grad()
     f = scores(w, w.frozen())
-    detached = symmetric_with_reconstruction(*f, *reconstruction(w, w.frozen()), weight=1.0)
-    attached = symmetric_with_reconstruction(*f, *reconstruction(w, w), weight=1.0)
+    detached = symmetric_with_reconstruction(*f, *logs(w, w.frozen()), weight=1.0)
+    attached = symmetric_with_reconstruction(*f, *logs(w, w), weight=1.0)
     same(detached, attached)  # equal values,
     same(gradient(detached, w), gradient(-w.kl_s(), w))  # unequal gradients
     refuses(gradient(detached, w), gradient(attached, w), gradient(symmetric(*f), w))
@@ -280,8 +268,8 @@ def test_S29_with_detached_draws_and_unit_weight_follows_the_symmetric_kl(w: Wor
 
 @worlds
 def test_S29_without_weight_is_S14(w: World) -> None:
-    f, logs = scores(w, w), reconstruction(w, w)
-    same(symmetric_with_reconstruction(*f, *logs, weight=0.0), symmetric(*f))
+    f = scores(w, w)
+    same(symmetric_with_reconstruction(*f, *logs(w, w), weight=0.0), symmetric(*f))
 
 
 # The likelihood-ratio test ------------------------------------------------------------------------

@@ -14,20 +14,32 @@ import pytest
 import sympy
 import torch
 from hypothesis import strategies as st
-from proof import DIMS, SEEDS, about, estimates, gradient, proved, refuses, refuses_estimates, same, worlds
+from proof import (
+    DIMS,
+    SEEDS,
+    about,
+    as_conditional,
+    best_encoder,
+    estimates,
+    four,
+    gradient,
+    logs,
+    matched,
+    proved,
+    refuses,
+    refuses_estimates,
+    same,
+    scores,
+    worlds,
+)
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from svae_lib.exact import PHI, THETA, Conditional, World, cubature, expected_kl, expected_log_prob, marginal
+from svae_lib.exact import PHI, THETA, World, expected_kl, expected_log_prob, marginal
 from svae_lib.grid import Joints
 from svae_lib.objectives import symmetric_with_reconstruction
 
 WEIGHTS = st.floats(0.05, 3)
-
-
-def everywhere(g: MultivariateNormal, k: int) -> Conditional:
-    r"""A density that ignores its k-dimensional condition."""
-    return Conditional(g.mean.new_zeros(len(g.mean), k), g.mean, g.covariance_matrix)
 
 
 def mean_square(joint: MultivariateNormal, of: Tensor) -> Tensor:
@@ -69,7 +81,7 @@ def reconstructions(w: World, drawn: World | None = None) -> Tensor:
 def test_S26_both_forms(w: World, weight: float) -> None:
     r"""(λ + 1) E_qφ log p_θ(x|z) − E KL(q_φ(z|x) ‖ p(z)), from the cycle error, is L_x plus λ reconstructions."""
     log_p = fit(x_cycle(w), w.s)
-    rate = expected_kl(w.q_z_given_x, everywhere(w.p_z, len(w.m)), w.q_x)
+    rate = expected_kl(w.q_z_given_x, as_conditional(w.p_z, len(w.m)), w.q_x)
     same(w.L_x(weight), (weight + 1) * log_p - rate)
     same(w.L_x(weight), w.L_x() + weight * log_p)
     same(w.L_x(0.0), log_p - rate)
@@ -79,7 +91,7 @@ def test_S26_both_forms(w: World, weight: float) -> None:
 @worlds(weight=WEIGHTS)
 def test_S27_both_forms(w: World, weight: float) -> None:
     log_q = fit(z_cycle(w), w.t)
-    rate = expected_kl(w.p_x_given_z, everywhere(w.q_x, len(w.c)), w.p_z)
+    rate = expected_kl(w.p_x_given_z, as_conditional(w.q_x, len(w.c)), w.p_z)
     same(w.L_z(weight), (weight + 1) * log_q - rate)
     same(w.L_z(weight), w.L_z() + weight * log_q)
     same(w.L_z(0.0), log_q - rate)
@@ -97,10 +109,10 @@ def test_S28_is_the_symmetric_kl_with_both_reconstructions(w: World, weight: flo
 
 @worlds(weight=WEIGHTS)
 def test_S29_value_is_S28_without_its_constant(w: World, weight: float) -> None:
-    value = symmetric_with_reconstruction(*scores(w, w), *logs(w), weight=weight)
+    value = symmetric_with_reconstruction(*scores(w, w), *logs(w, w), weight=weight)
     same(value, w.L_xz(weight) - w.C_x - w.C_z)
     f_q, f_p = scores(w, w)
-    log_p, log_q = logs(w)
+    log_p, log_q = logs(w, w)
     wrong_sign = f_q.mean() + weight * log_p.mean() - f_p.mean() - weight * log_q.mean()
     refuses(value, wrong_sign, symmetric_with_reconstruction(f_p, f_q, log_p, log_q, weight), w.L_xz(weight))
 
@@ -110,11 +122,8 @@ def test_S26_S27_S28_S29_by_monte_carlo(x_dim: int, z_dim: int) -> None:
     r"""Every logarithm at ancestral draws, λ = 0.3; four standard errors, fixed seed."""
     w, generator, weight = World.random(x_dim, z_dim, seed=11), torch.Generator().manual_seed(0), 0.3
     noise_q, noise_p = torch.randn(2, 200_000, x_dim + z_dim, generator=generator, dtype=torch.float64)
-
-    def terms(x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-        return w.q_x.log_prob(x), w.encoder()(x).log_prob(z), w.p_z.log_prob(z), w.decoder()(z).log_prob(x)
-
-    (_, qzx, pz, pxz), (qx_, qzx_, _, pxz_) = terms(*w.encoder_pairs(noise_q)), terms(*w.decoder_pairs(noise_p))
+    _, qzx, pz, pxz = four(w, *w.encoder_pairs(noise_q))
+    qx_, qzx_, _, pxz_ = four(w, *w.decoder_pairs(noise_p))
     l_x = (1 + weight) * pxz + pz - qzx
     l_z = (1 + weight) * qzx_ + qx_ - pxz_
     estimates(l_x, w.L_x(weight))
@@ -126,7 +135,7 @@ def test_S26_S27_S28_S29_by_monte_carlo(x_dim: int, z_dim: int) -> None:
 @worlds(weight=WEIGHTS)
 def test_S26_is_a_beta_vae_with_beta_below_one(w: World, weight: float) -> None:
     r"""Higgins et al. 2017: E log p − β KL to the prior; here β = 1/(1 + λ), and the whole scaled by 1 + λ."""
-    rate = expected_kl(w.q_z_given_x, everywhere(w.p_z, len(w.m)), w.q_x)
+    rate = expected_kl(w.q_z_given_x, as_conditional(w.p_z, len(w.m)), w.q_x)
 
     def beta_vae(beta: float) -> Tensor:
         return w.expected_log_decoder(w.q) - beta * rate
@@ -161,7 +170,7 @@ def test_S27_reconstruction_is_information_minus_a_gap(w: World) -> None:
 
 @worlds
 def test_S26_rate_is_information_plus_the_mismatch_of_the_codes(w: World) -> None:
-    rate = expected_kl(w.q_z_given_x, everywhere(w.p_z, len(w.m)), w.q_x)
+    rate = expected_kl(w.q_z_given_x, as_conditional(w.p_z, len(w.m)), w.q_x)
     same(rate, information(w.q, w) + kl_divergence(w.q_z, w.p_z))
     refuses(rate, information(w.q, w), information(w.p, w) + kl_divergence(w.q_z, w.p_z))
 
@@ -177,7 +186,7 @@ def test_S26_a_small_cycle_error_needs_information(w: World) -> None:
     for other in (-0.2, 0.2):
         assert fit(x_cycle(w), mse.log().expand(d) + other) < best
     assert information(w.q, w) >= floor
-    rate = expected_kl(w.q_z_given_x, everywhere(w.p_z, d), w.q_x)
+    rate = expected_kl(w.q_z_given_x, as_conditional(w.p_z, d), w.q_x)
     assert rate >= information(w.q, w) - 1e-12
     refuses(floor, best + w.C_x)
 
@@ -185,24 +194,12 @@ def test_S26_a_small_cycle_error_needs_information(w: World) -> None:
 # The gradient of S29 in three parts ---------------------------------------------------------
 
 
-def scores(w: World, critic: World) -> tuple[Tensor, Tensor]:
-    noise = cubature(len(w.m) + len(w.c))
-    return critic.log_ratio(*w.encoder_pairs(noise)), critic.log_ratio(*w.decoder_pairs(noise))
-
-
-def logs(w: World, drawn: World | None = None) -> tuple[Tensor, Tensor]:
-    r"""log p_θ(x|z) on encoder pairs and log q_φ(z|x) on decoder pairs of `drawn`, batch means exact."""
-    noise, drawn = cubature(len(w.m) + len(w.c)), drawn or w
-    (x_q, z_q), (x_p, z_p) = drawn.encoder_pairs(noise), drawn.decoder_pairs(noise)
-    return w.decoder()(z_q).log_prob(x_q), w.encoder()(x_p).log_prob(z_p)
-
-
 @worlds(weight=WEIGHTS)
 def test_S29_gradient_is_S14_plus_halves_plus_pathwise_parts(w: World, weight: float) -> None:
     r"""The library's lines against closed forms: ∇ℓ' = ∇ℓ + λ ∇R(draws fixed) + λ ∇R(densities fixed)."""
     w = w.with_grad()
     fixed = w.frozen()
-    whole = gradient(symmetric_with_reconstruction(*scores(w, fixed), *logs(w), weight=weight), w)
+    whole = gradient(symmetric_with_reconstruction(*scores(w, fixed), *logs(w, w), weight=weight), w)
     game = gradient(w.ell(fixed), w)
     halves, path = gradient(reconstructions(w, fixed), w), gradient(reconstructions(fixed, w), w)
     same(whole, game + weight * halves + weight * path)
@@ -238,18 +235,6 @@ def test_S29_gradient_is_that_of_S28_less_the_missing_halves(w: World, weight: f
     refuses(whole, target, target + halves)
 
 
-def matched(x_dim: int, z_dim: int, seed: int) -> World:
-    r"""A world whose joints agree: orthogonal loadings make the posterior diagonal, and the data are the model's."""
-    w = World.random(x_dim, z_dim, seed)
-    n = min(x_dim, z_dim)
-    orthogonal = torch.linalg.eigh(w.S).eigenvectors[:, :n] * torch.linspace(0.6, 1.4, n, dtype=torch.float64)
-    loadings = torch.cat([orthogonal, w.W.new_zeros(x_dim, z_dim - n)], 1)
-    w = replace(w, W=(w.s / 2).exp()[:, None] * loadings)
-    w = replace(w, m=w.b, S=w.p_x.covariance_matrix)
-    posterior = w.p_z_given_x
-    return replace(w, V=posterior.gain, c=posterior.offset, t=posterior.cov.diagonal().log())
-
-
 @worlds(w=st.builds(matched, DIMS, DIMS, SEEDS), weight=WEIGHTS)
 def test_S29_at_matched_joints_climbs_mutual_information(w: World, weight: float) -> None:
     r"""There S14 and the halves rest. With detached draws it is a fixed point for every λ; as printed it is none."""
@@ -259,7 +244,7 @@ def test_S29_at_matched_joints_climbs_mutual_information(w: World, weight: float
     zero = torch.zeros_like(gradient(w.kl_s(), w))
     same(gradient(w.ell(fixed), w), zero)
     same(gradient(reconstructions(w, fixed), w), zero)
-    whole = gradient(symmetric_with_reconstruction(*scores(w, fixed), *logs(w), weight=weight), w)
+    whole = gradient(symmetric_with_reconstruction(*scores(w, fixed), *logs(w, w), weight=weight), w)
     climb = gradient(information(w.q, w) + information(w.p, w), w)
     same(whole, weight * climb)
     refuses(whole, zero, -whole, weight * gradient(information(w.q, w), w))
@@ -325,9 +310,7 @@ def test_S28_has_no_maximum_with_one_width_and_enough_codes(w: World, weight: fl
 
     def agreeing(v: float) -> World:
         W = torch.cat([axes * (variances - v).sqrt(), w.W.new_zeros(d, k - d)], 1)
-        decoder = replace(w, W=W, b=w.m, s=torch.full((d,), math.log(v), dtype=torch.float64))
-        posterior = decoder.p_z_given_x
-        return replace(decoder, V=posterior.gain, c=posterior.offset, t=posterior.cov.diagonal().log())
+        return best_encoder(replace(w, W=W, b=w.m, s=torch.full((d,), math.log(v), dtype=torch.float64)))
 
     wide, narrow = agreeing(0.3), agreeing(0.003)
     same(wide.kl_s(), torch.zeros(()).double())
