@@ -179,15 +179,20 @@ def columns(dataset: str) -> dict[str, tuple[str, int]]:
     return MODE_COLUMNS if dataset in (*MIXTURES, *STACKED) else COLUMNS
 
 
-def our_rows(dataset: str, folder: Path | None = None) -> pd.DataFrame:
-    r"""One row per (method, setting, profile, updates): each metric as mean ± sd over its seeds, or "(k of n)"."""
-    groups: dict[tuple, list[Record]] = {}
+def grouped(dataset: str, folder: Path | None = None) -> dict[tuple[str, str, str, int], list[Record]]:
+    r"""The records of each row: (method, setting and its changes, profile, updates) -> runs, which differ in seeds."""
+    groups: dict[tuple[str, str, str, int], list[Record]] = {}
     for record in read_all(dataset, folder):
         e = record["experiment"]
         setting = " ".join([e["setting"], *(f"{key}={value}" for key, value in record["changes"].items())])
         groups.setdefault((e["method"], setting, e["profile"], e["updates"]), []).append(record)
+    return groups
+
+
+def our_rows(dataset: str, folder: Path | None = None) -> pd.DataFrame:
+    r"""One row per (method, setting, profile, updates): each metric as mean ± sd over its seeds, or "(k of n)"."""
     rows = []
-    for (method, setting, profile, updates), runs in groups.items():
+    for (method, setting, profile, updates), runs in grouped(dataset, folder).items():
         row = {"method": method, "setting": setting, "profile": profile, "updates": updates, "seeds": len(runs)}
         finished = [run["metrics"] for run in runs if run["status"] == "done"]
         for metric, (heading, decimals) in columns(dataset).items():

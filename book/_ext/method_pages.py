@@ -118,18 +118,14 @@ def command(dataset: str, method: str, setting: str, profile: str, seeds: list[i
 
 def measured(method: str, dataset: str, folder: Path | None = None) -> pd.DataFrame:
     r"""The records of a method on a dataset, one row a setting, each with the command that repeats it."""
-    key = ["method", "setting", "profile", "updates"]
     rows = records.our_rows(dataset, folder)
     rows = rows[rows["method"] == method] if len(rows) else rows
     if not len(rows):
         return pd.DataFrame()
-    seeds: dict[tuple, list[int]] = {}
-    for record in records.read_all(dataset, folder):
-        e, changes = record["experiment"], record["changes"]
-        setting = " ".join([e["setting"], *(f"{name}={value}" for name, value in changes.items())])
-        seeds.setdefault((e["method"], setting, e["profile"], e["updates"]), []).append(e["seed"])
     rows["command"] = [
-        command(dataset, method, row["setting"], row["profile"], seeds[tuple(row[key])]) for _, row in rows.iterrows()
+        command(dataset, method, setting, profile, [run["experiment"]["seed"] for run in runs])
+        for (name, setting, profile, _), runs in records.grouped(dataset, folder).items()
+        if name == method
     ]
     shown = [heading for heading, _ in records.columns(dataset).values() if any(rows[heading] != "–")]
     return rows[["setting", "profile", "seeds", *shown, "minutes", "command"]]
