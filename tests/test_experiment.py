@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from svae_lib import cli, data, evaluation, experiment, records
+from svae_lib import cli, data, evaluation, experiment, records, train
+from svae_lib.ensembles import alone
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
 from svae_lib.methods import METHODS
@@ -102,6 +104,62 @@ def test_a_record_says_where_its_run_began(tmp_path, monkeypatch):
     assert records.environment("cpu")["commit"] == "unknown"
     again = experiment.run(made, "cpu", tmp_path)  # from its checkpoint: nothing is trained anew
     assert again["environment"] == first["environment"] and again["metrics"] == first["metrics"]
+
+
+def pair_of_runs():
+    small = {"updates": 4, "batch": 8, "hidden": 8, "log_every": 2, "score_samples": 40}
+    return [Experiment.make("ring8", "vae", seed=seed, **small) for seed in (0, 1)]
+
+
+def test_the_record_and_the_draws_of_each_run_trained_together_are_its_own(tmp_path, monkeypatch):
+    fit = train.Trainer.fit
+
+    def half_a_minute(trainer, *options):
+        fit(trainer, *options)
+        trainer.seconds = 30.0
+
+    monkeypatch.setattr(train.Trainer, "fit", half_a_minute)
+    made, ring = pair_of_runs(), data.load("ring8")
+    found = experiment.run_together(made, "cpu", tmp_path)
+    trainer = experiment.prepare_together(made, ring, torch.device("cpu"))
+    trainer.fit()
+    for number, (e, record) in enumerate(zip(made, found, strict=True)):
+        assert record == records.read(tmp_path, "ring8", e.name)
+        assert record["experiment"] == e.flat() and (record["together"], record["seconds"]) == (2, 15.0)
+        torch.manual_seed(e.seed)  # here, for taking a run out draws weights, which are then overwritten
+        players = alone(trainer.evaluated_players(), number)
+        own = evaluation.evaluate(players, ring, trainer.device, e.nets.z_dim, e.evaluation)
+        assert record["metrics"] == own
+        torch.manual_seed(0)
+        with torch.no_grad():
+            draws = players["decoder"](torch.randn(500, e.nets.z_dim)).rsample()
+        assert np.array_equal(np.load(tmp_path / "ring8" / f"{e.name}.draws.npy"), draws)
+
+
+def test_runs_trained_together_resume_together_and_a_lost_record_is_run_alone(tmp_path, monkeypatch):
+    def interrupt(row):
+        raise KeyboardInterrupt
+
+    def measured(found):
+        return [record["metrics"] for record in found]
+
+    made = pair_of_runs()
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run_together(made, "cpu", tmp_path, interrupt)
+    assert train.read_checkpoint(experiment.checkpoint(made))["done"] == 1
+    rows = []
+    resumed = experiment.run_together(made, "cpu", tmp_path, rows.append)
+    assert [row["update"] for row in rows] == [2, 4]
+    experiment.checkpoint(made).unlink()
+    whole = experiment.run_together(made, "cpu", tmp_path / "other")
+    assert measured(resumed) == measured(whole)
+
+    records.path(tmp_path, "ring8", made[0].name).unlink()
+    again = experiment.run_together(made, "cpu", tmp_path)
+    assert [record["name"] for record in again] == [e.name for e in made] and again[1] == resumed[1]
+    lone = experiment.run(made[0], "cpu", tmp_path / "alone")
+    assert "together" not in again[0] and again[0]["metrics"] == lone["metrics"] != resumed[0]["metrics"]
 
 
 def test_a_diverged_run_leaves_an_honest_record(tmp_path, capsys):

@@ -3,9 +3,12 @@
 import math
 
 import pytest
+import torch
 
-from svae_lib import cli, records, sweep
+from svae_lib import cli, data, evaluation, experiment, records, sweep
+from svae_lib.ensembles import alone
 from svae_lib.errors import UserError
+from svae_lib.experiment import Experiment
 
 
 @pytest.fixture
@@ -18,6 +21,22 @@ def test_the_grid_has_every_setting_once():
     rows = [setting for together in sweep.settings() for setting in together]
     assert len(rows) == 256 and len({tuple(row.items()) for row in rows}) == 256
     assert all(row["critic_hidden"] == row["hidden"] for row in rows)
+
+
+def test_each_row_holds_the_numbers_of_its_own_setting(small):
+    chosen, alice5, device = next(sweep.settings()), data.load("alice5"), torch.device("cpu")
+    rows = sweep._train("alice5", "ali", chosen, device)
+    made = [Experiment.make("alice5", "ali", **sweep.BUDGET, **setting) for setting in chosen]
+    trainer = experiment.prepare_together(made, alice5, device)
+    trainer.fit()
+    for number, (row, one) in enumerate(zip(rows, made, strict=True)):
+        torch.manual_seed(0)  # here, for taking a run out draws weights, which are then overwritten
+        players = alone(trainer.evaluated_players(), number)
+        own = evaluation.evaluate(players, alice5, device, one.nets.z_dim, one.evaluation)
+        assert row["set"] == chosen[number]
+        assert {key: row[key] for key in own} == {key: metric["value"] for key, metric in own.items()}
+    slow, fast = (next(row for row in rows if row["set"]["lr"] == lr) for lr in (1e-4, 3e-3))
+    assert slow["mse"] != fast["mse"]  # one seed and the same draws: only the step size differs
 
 
 def test_an_interrupted_sweep_goes_on(small, tmp_path, monkeypatch):
