@@ -1,9 +1,14 @@
 """The update loop: deterministic, resumable, one player at a time, honest about divergence."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
+from torch.testing import assert_close
 
 from svae_lib import data, experiment, train
+from svae_lib.draws import mean_squared_slope
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
 
@@ -79,6 +84,63 @@ def test_each_step_moves_one_player_only(digits):
     assert all(torch.equal(frozen[k], critic[k]) for k in learned)
     assert not all(torch.equal(before[k], players[k]) for k in before)
     assert all(p.grad is not None for p in t.critics.parameters())
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_each_critic_step_has_draws_of_its_own_and_the_players_have_the_last(digits, monkeypatch, steps):
+    t, critic, player = trainer(digits, critic_steps=steps), [], []
+    monkeypatch.setattr(t, "critic_step", critic.append)
+    monkeypatch.setattr(t, "player_step", player.append)
+    t.update()
+    assert len(critic) == steps and len(player) == 1 and player[0] is critic[-1]
+    assert len({(draws.x.sum().item(), draws.z_p.sum().item()) for draws in critic}) == steps
+
+
+class Straight(nn.Module):
+    """f(x, z) = a·x + b·z."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.tensor(numbers).double()) for numbers in ([3.0, -1.0], [0.5, 2.0]))
+
+    def forward(self, x, z):
+        return x.double() @ self.a + z.double() @ self.b
+
+
+def test_the_critic_descends_the_penalty_on_its_slopes():
+    """That of a straight critic is |a|² + |b|² on each of the two kinds of pairs, wherever they are."""
+    t = experiment.prepare(Experiment.make("ring8", "svae", batch=16), data.load("ring8"), CPU)
+    draws, ends = t.draw(t.data), []
+    for penalty in (0.0, 0.7):
+        t.training = replace(t.training, penalty=penalty)
+        t.model.critics[0] = Straight()
+        t.critic_optimiser = torch.optim.SGD(t.model.critics[0].parameters(), lr=1.0)
+        t.critic_step(draws)
+        ends.append(t.model.critics[0])
+    free, held = ends
+    start = Straight()
+    assert_close(held.a - free.a, -0.7 * 2 * 2 * start.a)
+    assert_close(held.b - free.b, -0.7 * 2 * 2 * start.b)
+
+
+def test_the_slope_that_is_penalised_is_a_mean_of_squares_over_samples():
+    x, z = (torch.randn(50, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    a = torch.tensor([3.0, -1.0]).double()
+    found = mean_squared_slope(x @ a + 0.5 * z.square().sum(1), (x, z))
+    assert_close(found, a.square().sum() + z.square().sum(1).mean())
+
+
+def test_step_sizes_fall_linearly_and_the_average_forgets_its_first_weights(digits):
+    t = trainer(digits, updates=4, decay=True, lr=1e-3, critic_lr=1e-2, ema=0.2)
+    paces, shares = [], []
+    for _ in range(4):
+        t.update()
+        paces.append([optimiser.param_groups[0]["lr"] for optimiser in (t.player_optimiser, t.critic_optimiser)])
+        shares.append(t.share)
+        if t.done == 1:
+            assert same(t.average.module.state_dict().values(), t.players.state_dict().values())
+    assert_close(torch.tensor(paces), torch.tensor([1, 0.75, 0.5, 0.25])[:, None] * torch.tensor([1e-3, 1e-2]))
+    assert shares == pytest.approx([1, 1 - 2 / 11, 1 - 0.2, 1 - 0.2])  # (1 + n)/(10 + n) of the past, at most 0.2
 
 
 @pytest.mark.parametrize("method", ["vae", "svae", "svae-r", "svae-exact", "svae-elbo"])
