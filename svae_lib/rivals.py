@@ -35,9 +35,9 @@ def by_hand(trainer: Trainer) -> Step:
     return {"vae": _vae_by_hand, "svae-r": _svae_r_by_hand}[trainer.method.name](trainer)
 
 
-def _adam(trainer: Trainer, nets: list[nn.Module]) -> torch.optim.Adam:
+def _adam(trainer: Trainer, nets: list[nn.Module], lr: float) -> torch.optim.Adam:
     parameters = [parameter for net in nets for parameter in net.parameters()]
-    return torch.optim.Adam(parameters, trainer.training.lr, fused=trainer.device.type != "mps")
+    return torch.optim.Adam(parameters, lr, fused=trainer.device.type != "mps")
 
 
 def _batch(trainer: Trainer) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ def _autocast(trainer: Trainer):
 
 def _vae_by_hand(trainer: Trainer) -> Step:
     encoder, decoder = trainer.model.encoder, trainer.model.decoder
-    optimiser = _adam(trainer, [encoder, decoder])
+    optimiser = _adam(trainer, [encoder, decoder], trainer.training.lr)
 
     def step() -> None:
         x, noise = _batch(trainer)
@@ -72,7 +72,8 @@ def _vae_by_hand(trainer: Trainer) -> Step:
 def _svae_r_by_hand(trainer: Trainer) -> Step:
     encoder, decoder, critic = trainer.model.encoder, trainer.model.decoder, trainer.model.critics[0]
     players = [*encoder.parameters(), *decoder.parameters()]
-    optimiser, critic_optimiser = _adam(trainer, [encoder, decoder]), _adam(trainer, [critic])
+    optimiser = _adam(trainer, [encoder, decoder], trainer.training.lr)
+    critic_optimiser = _adam(trainer, [critic], trainer.training.critic_lr)
     weight = trainer.training.weight
 
     def step() -> None:

@@ -66,10 +66,13 @@ def test_ceilings_are_rates_of_this_machine():
 # Rivals --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["vae", "svae-r"])
-def test_the_loop_by_hand_trains_as_the_engine_does(method):
-    """Not the same random numbers, but the same losses on the way: dropout off, batches of all the same image."""
-    made = Experiment.make("mnist", method, critic_dropout=0.0, norm="none", critic_norm="none", lr=1e-3)
+# Of svae-r both loops draw the same numbers, which leaves rounding; for vae the engine draws prior codes besides, so
+# that its noise is another.
+@pytest.mark.parametrize("method, tolerance", [("vae", 0.01), ("svae-r", 1e-5)])
+def test_the_loop_by_hand_trains_as_the_engine_does(method, tolerance):
+    """To the same objective, where dropout is off and all images are the same."""
+    plain = {"critic_dropout": 0.0, "norm": "none", "critic_norm": "none"}
+    made = Experiment.make("mnist", method, lr=1e-3, critic_lr=2e-3, **plain)
     ended = []
     for by_hand in (False, True):
         torch.manual_seed(0)
@@ -83,8 +86,8 @@ def test_the_loop_by_hand_trains_as_the_engine_does(method):
     start = bench.engine(BENCH, made, 1)
     torch.manual_seed(2)
     begun = start.method.player(start.draw(trainer.data)).item()
-    assert ended[0] == pytest.approx(ended[1], rel=0.15)
-    assert abs(ended[0] - begun) > 2 * abs(ended[0] - ended[1])
+    assert ended[0] == pytest.approx(ended[1], rel=tolerance)
+    assert abs(ended[0] - begun) > 10 * abs(ended[0] - ended[1])
 
 
 @pytest.mark.parametrize("method", ["vae", "svae-r"])
