@@ -51,8 +51,10 @@ def test_logging_does_not_change_training(digits):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_interrupt_and_resume_gives_the_same_bits(digits, tmp_path, precision):
+def test_interrupt_and_resume_gives_the_same_bits(digits, tmp_path, monkeypatch, precision):
+    monkeypatch.setattr(experiment, "usable", lambda precision, device: precision)  # bf16 even where it is imitated
     whole = trainer(digits, precision=precision)
+    assert whole.training.precision == precision
     whole.fit()
     first = trainer(digits, precision=precision)
 
