@@ -66,28 +66,29 @@ def test_ceilings_are_rates_of_this_machine():
 # Rivals --------------------------------------------------------------------------------------------
 
 
-# Of svae-r both loops draw the same numbers, which leaves rounding; for vae the engine draws prior codes besides, so
-# that its noise is another.
-@pytest.mark.parametrize("method, tolerance", [("vae", 0.01), ("svae-r", 1e-5)])
-def test_the_loop_by_hand_trains_as_the_engine_does(method, tolerance):
-    """To the same objective, where dropout is off and all images are the same."""
+@pytest.mark.parametrize("method", ["vae", "svae-r"])
+def test_the_loop_by_hand_trains_as_the_engine_does(method, monkeypatch):
+    """To the same objective but for rounding, from the same random numbers, where dropout is off."""
+    batch = rivals._batch
+    if method == "vae":  # before its noise the engine draws prior codes, which this method does not use
+        monkeypatch.setattr(rivals, "_batch", lambda t: (batch(t)[0], torch.randn(t.training.batch, t.model.z_dim)))
     plain = {"critic_dropout": 0.0, "norm": "none", "critic_norm": "none"}
     made = Experiment.make("mnist", method, lr=1e-3, critic_lr=2e-3, **plain)
     ended = []
     for by_hand in (False, True):
         torch.manual_seed(0)
-        trainer = bench.engine(BENCH, made, 1)
+        trainer = bench.engine(BENCH, made, 16)
         step = rivals.by_hand(trainer) if by_hand else trainer.update
         torch.manual_seed(1)
         for _ in range(20):
             step()
         torch.manual_seed(2)
         ended.append(trainer.method.player(trainer.draw(trainer.data)).item())
-    start = bench.engine(BENCH, made, 1)
+    start = bench.engine(BENCH, made, 16)
     torch.manual_seed(2)
     begun = start.method.player(start.draw(trainer.data)).item()
-    assert ended[0] == pytest.approx(ended[1], rel=tolerance)
-    assert abs(ended[0] - begun) > 10 * abs(ended[0] - ended[1])
+    assert ended[0] == pytest.approx(ended[1], rel=1e-5)
+    assert ended[0] != pytest.approx(begun, rel=1e-3), "something was learned"
 
 
 @pytest.mark.parametrize("method", ["vae", "svae-r"])
