@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
 from svae_lib import bench, cli, costs, rivals, scaling, timing
 from svae_lib.device import describe, knows_bf16
@@ -68,7 +69,7 @@ def test_ceilings_are_rates_of_this_machine():
 
 @pytest.mark.parametrize("method", ["vae", "svae-r"])
 def test_the_loop_by_hand_trains_as_the_engine_does(method, monkeypatch):
-    """To the same objective but for rounding, from the same random numbers, where dropout is off."""
+    """To the same weights but for rounding, from the same random numbers, where dropout is off."""
     batch = rivals._batch
     if method == "vae":  # before its noise the engine draws prior codes, which this method does not use
         monkeypatch.setattr(rivals, "_batch", lambda t: (batch(t)[0], torch.randn(t.training.batch, t.model.z_dim)))
@@ -78,17 +79,14 @@ def test_the_loop_by_hand_trains_as_the_engine_does(method, monkeypatch):
     for by_hand in (False, True):
         torch.manual_seed(0)
         trainer = bench.engine(BENCH, made, 16)
+        begun = weights_of(trainer)
         step = rivals.by_hand(trainer) if by_hand else trainer.update
         torch.manual_seed(1)
-        for _ in range(20):
+        for _ in range(10):
             step()
-        torch.manual_seed(2)
-        ended.append(trainer.method.player(trainer.draw(trainer.data)).item())
-    start = bench.engine(BENCH, made, 16)
-    torch.manual_seed(2)
-    begun = start.method.player(start.draw(trainer.data)).item()
-    assert ended[0] == pytest.approx(ended[1], rel=1e-5)
-    assert ended[0] != pytest.approx(begun, rel=1e-3), "something was learned"
+        ended.append(weights_of(trainer))
+    assert_close(*ended, rtol=0, atol=1e-4)  # a tenth of one step: Adam enlarges the rounding of small gradients
+    assert (ended[0] - begun).abs().mean() > 1e-3, "they moved"
 
 
 @pytest.mark.parametrize("method", ["vae", "svae-r"])
