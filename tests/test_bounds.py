@@ -331,21 +331,16 @@ def test_the_kept_records_follow_from_their_spectra(name, pixels):
     check(records.read_bounds(name), pixels)
 
 
-@pytest.mark.skipif(not HAS["mnist"], reason="MNIST is not in SVAE_DATA or the user's cache")
-def test_the_kept_record_of_mnist_is_that_of_the_data():
-    record, dataset = records.read_bounds("mnist"), data.load("mnist")
-    floor = bounds.entropy_floor(dataset.test.images).mean().item()
-    assert_close(record["metrics"]["floor_grey"]["value"], floor, rtol=1e-9, atol=0)
-
-
-@pytest.mark.skipif(not HAS["cifar10"], reason="CIFAR-10 is not in SVAE_DATA or the user's cache")
-def test_the_kept_record_of_cifar10_is_that_of_the_data():
+@pytest.mark.parametrize("name", HAS)
+def test_the_kept_records_are_those_of_the_data(name):
     """What needs no eigenvectors: both traces, and the first variance by power iteration."""
-    record, dataset = records.read_bounds("cifar10"), data.load("cifar10")
+    if not HAS[name]:
+        pytest.skip(f"{name} is not in SVAE_DATA or the user's cache")
+    record, dataset = records.read_bounds(name), data.load(name)
     v, e = (torch.tensor(record["spectra"][name], dtype=torch.float64) for name in ("variances", "energies"))
     fitted = torch.cat([dataset.train.images, dataset.validation.images]).flatten(1)
     mean = fitted.sum(0).double() / len(fitted)
-    some, axis = fitted[:2_000].double() - mean, torch.ones(3072, dtype=torch.float64)
+    some, axis = fitted[:2_000].double() - mean, torch.ones(len(v), dtype=torch.float64)
     for _ in range(10):  # towards the first axis of a few images
         axis = some.T @ (some @ axis)
         axis /= axis.norm()
@@ -353,7 +348,10 @@ def test_the_kept_record_of_cifar10_is_that_of_the_data():
     for rows in (rows.double() - mean for rows in fitted.split(2_000)):
         trace, first = trace + rows.square().sum() / len(fitted), first + (rows @ axis).square().sum() / len(fitted)
     assert_close(v.sum(), trace, rtol=1e-8, atol=0)
-    assert 0.99 * v[0] < first <= v[0] * (1 + 1e-8)
+    assert 0.97 * v[0] < first <= v[0] * (1 + 1e-8)  # no other axis has more
     test = dataset.test.images.flatten(1).double() - mean
     assert_close(e.sum(), test.square().sum(1).mean(), rtol=1e-8, atol=0)
     assert_close(record["metrics"]["rmse_mean"]["value"], test.square().mean().sqrt().item(), rtol=1e-9, atol=0)
+    if name == "mnist":
+        floor = bounds.entropy_floor(dataset.test.images).mean().item()
+        assert_close(record["metrics"]["floor_grey"]["value"], floor, rtol=1e-9, atol=0)

@@ -4,9 +4,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.distributions import Independent, Normal
 from torch.testing import assert_close
 
+from svae_lib.data import load
+from svae_lib.densities import DiagonalGaussian
+from svae_lib.evaluation import Evaluation, evaluate
 from svae_lib.metrics import coverage
 from svae_lib.mixtures import MIXTURES, Mixture
 
@@ -122,3 +126,25 @@ def test_a_model_that_is_too_wide_or_lost_a_mode_is_seen():
     values = coverage(ring, lost)
     assert values["modes"]["value"] == 7
     assert values["mode_kl"]["value"] == pytest.approx(math.log(8 / 7), abs=0.01)
+
+
+class Blur(nn.Module):
+    """u ↦ N(u, std²)."""
+
+    def __init__(self, std):
+        super().__init__()
+        self.log_var = 2 * math.log(std)
+
+    def forward(self, u):
+        return DiagonalGaussian(u, torch.full_like(u, self.log_var))
+
+
+def test_the_reconstruction_error_of_points_is_a_squared_and_a_plain_distance():
+    """x̂ − x is N(0, a² + b²) in both coordinates, so its length is Rayleigh."""
+    torch.manual_seed(0)
+    players, a, b = nn.ModuleDict({"encoder": Blur(0.3), "decoder": Blur(0.4)}), 0.3, 0.4
+    found = evaluate(players, load("ring8"), torch.device("cpu"), 2, Evaluation(score_samples=100))
+    exact = {"mse": 2 * (a**2 + b**2), "l2": math.sqrt(math.pi / 2 * (a**2 + b**2))}
+    for name, value in exact.items():
+        assert found[name]["n"] == len(load("ring8").test)
+        assert abs(found[name]["value"] - value) < 4 * found[name]["se"] < 0.1 * value

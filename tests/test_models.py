@@ -10,6 +10,7 @@ from svae_lib.errors import UserError
 from svae_lib.flows import FlowDensity
 from svae_lib.methods import METHODS
 from svae_lib.models import DECODERS, ENCODERS, PIXEL_BY_PIXEL, Nets, build_model
+from svae_lib.nets import LOG_VAR_LIMIT, GaussianHead, Noise
 
 IMAGE, POINT = (1, 8, 8), (2,)
 SMALL = dict(z_dim=3, hidden=16, critic_hidden=16, flow_length=2)
@@ -168,6 +169,23 @@ def test_instance_noise_is_added_in_evaluation_too(shape):
     noisy, still = (build(shape, "xz", instance_noise=std).critics[0].eval() for std in (0.5, 0.0))
     assert not torch.equal(noisy(*arguments), noisy(*arguments))
     assert torch.equal(still(*arguments), still(*arguments))
+
+
+def test_instance_noise_has_the_stated_size():
+    x = torch.full((20_000,), 3.0)
+    torch.manual_seed(0)
+    noise = Noise(0.5).eval()(x) - x
+    assert abs(noise.mean()) < 4 * 0.5 / len(x) ** 0.5
+    assert abs(noise.std() - 0.5) < 4 * 0.5 / (2 * len(x)) ** 0.5
+
+
+def test_variances_stay_finite_in_single_precision():
+    head = GaussianHead(1, 2)
+    nn.init.constant_(head.linear.bias, 500.0)
+    nn.init.constant_(head.linear.weight, -1000.0)
+    mean, log_var = head(torch.tensor([[0.0], [1.0]]))
+    assert mean[:, 0].tolist() == [500, -500] and log_var[:, 0].tolist() == [LOG_VAR_LIMIT, -LOG_VAR_LIMIT]
+    assert log_var.exp().isfinite().all() and (-log_var).exp().isfinite().all()
 
 
 def test_images_of_odd_sides_are_refused():

@@ -1,7 +1,9 @@
 """The pictures beside a record show what they say."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 from svae_lib import data, experiment, metrics, pictures
@@ -20,13 +22,29 @@ def test_the_nearest_image_is_found_across_blocks():
         assert torch.equal(found, among[distance.argmin()])
 
 
+def tiles(path, side=8):
+    """The grey images of a picture, which a pixel separates; (rows, columns, 1, side, side)."""
+    pixels = torch.from_numpy(np.array(Image.open(path)))[1:, 1:, 0]
+    cells = pixels.unflatten(1, (-1, side + 1)).unflatten(0, (-1, side + 1)).transpose(1, 2)
+    return cells[:, :, None, :side, :side]
+
+
 @pytest.mark.parametrize("method, kinds", [("vae", 4), ("dcgan", 2)])
 def test_pictures_of_a_run(tmp_path, method, kinds):
     digits, e = data.load("digits"), Experiment.make("digits", method, updates=1)
     players = experiment.prepare(e, digits, CPU).evaluated_players()
     pictures.write(tmp_path, e, players, digits, CPU)
-    written = sorted(path.name.removeprefix(f"{e.name}.") for path in (tmp_path / "digits").iterdir())
-    assert written == sorted(f"{k}.png" for k in ("samples", "neighbours", "reconstructions", "interpolations")[:kinds])
+    written = {path.name.removeprefix(f"{e.name}."): path for path in (tmp_path / "digits").iterdir()}
+    names = [f"{k}.png" for k in ("samples", "neighbours", "reconstructions", "interpolations")[:kinds]]
+    assert sorted(written) == sorted(names)
+    samples, (drawn, alike) = tiles(written["samples.png"]), tiles(written["neighbours.png"])
+    assert samples.shape[:2] == (8, 8) and torch.equal(drawn, samples.flatten(0, 1)[:10])
+    assert torch.equal(alike, pictures.nearest(drawn, digits.train.images))
+    if method == "vae":
+        shown, again = tiles(written["reconstructions.png"])
+        assert torch.equal(shown, digits.test.images[:10])
+        x_hat = metrics.reconstruct(**players, images=shown)
+        assert_close(again.float(), 255 * x_hat, rtol=0, atol=0.51)  # rounded to a level
 
 
 def test_a_way_between_two_images_begins_and_ends_at_their_reconstructions():
