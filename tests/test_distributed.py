@@ -11,9 +11,11 @@ import pytest
 import shared_worker
 import torch
 from shared_worker import METHODS, RUN
+from torch.nn.functional import dropout
 from torch.testing import assert_close
 
 from svae_lib import cli, distributed, train
+from svae_lib.data import Cells
 from svae_lib.errors import UserError
 
 
@@ -87,6 +89,32 @@ def test_killed_processes_leave_no_record_and_resume(folder, device, tmp_path, m
     ours = json.loads((tmp_path / "ring8" / path.name).read_text())
     for row, same in zip(theirs["history"], ours["history"], strict=True):
         assert row | {"seconds": 0} == pytest.approx(same | {"seconds": 0}, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: torch.randn(len(x), 3),
+        lambda x: torch.rand((len(x), 3)),
+        lambda x: torch.randn_like(x),
+        lambda x: Cells.draw((256 * x).to(torch.uint8)),
+        lambda x: torch.randint(10, (len(x),)),
+        lambda x: torch.multinomial(torch.tensor([0.2, 0.5, 0.3]), len(x), replacement=True),
+        lambda x: dropout(x, 0.5),
+    ],
+    ids=["randn", "rand", "randn_like", "rand_like", "randint", "multinomial", "dropout"],
+)
+def test_each_process_draws_its_rows_of_what_one_would_draw(monkeypatch, draw):
+    x = torch.rand(8, 3)
+    torch.manual_seed(0)
+    whole, parts = draw(x), []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        torch.manual_seed(0)
+        with distributed.Share():
+            parts.append(draw(x[4 * rank : 4 * rank + 4]))
+    assert torch.equal(torch.cat(parts), whole) and not torch.equal(*parts)
 
 
 def test_what_cannot_be_shared_is_refused(monkeypatch):

@@ -15,7 +15,6 @@ from svae_lib.ensembles import alone
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
 from svae_lib.methods import METHODS
-from svae_lib.models import build_model
 
 SMALL = ["--set", "updates=6", "--set", "batch=8", "--set", "score_samples=40", "--set", "iw_samples=4"]
 
@@ -246,20 +245,3 @@ def test_a_reader_who_has_seen_enough_is_no_error(unbuffered):
 def test_data_says_where(capsys):
     assert cli.main(["data", "digits"]) == 0
     assert "1197 train" in capsys.readouterr().out
-
-
-def build(method, shape):
-    made = Experiment.make("digits", method)
-    return build_model(made.nets, METHODS[method], shape, made.seed)
-
-
-def test_a1_nets_refuse_odd_sizes():
-    with pytest.raises(UserError, match="divisible by 4"):
-        build("vae", (1, 9, 8))
-
-
-def test_initial_weights_follow_the_seed():
-    shape = data.load("digits").shape
-    first, again = (build("svae", shape) for _ in range(2))
-    for a, b in zip(first.players.parameters(), again.players.parameters(), strict=True):
-        assert torch.equal(a, b)

@@ -491,7 +491,9 @@ def largest(layer):
 def test_spectral_norm_bounds_every_layer_by_one(name, shape):
     row = METHODS[name]
     sizes = {"architecture": row.defaults.get("architecture", "a1"), "critic_hidden": 16, "channels": 8}
-    bound, free = (build_model(Nets(spectral=s, **sizes), row, shape, 0).critics[0] for s in (True, False))
+    models = [build_model(Nets(spectral=s, **sizes), row, shape, 0) for s in (True, False)]
+    assert not any(nn.utils.parametrize.is_parametrized(layer) for layer in models[0].players.modules())
+    bound, free = (model.critics[0] for model in models)
     with torch.no_grad():
         for critic in (bound, free):
             for layer in layers(critic):

@@ -73,21 +73,6 @@ def test_interrupt_and_resume_gives_the_same_bits(digits, tmp_path, monkeypatch,
     assert same(list(whole.average.state_dict().values()), list(second.average.state_dict().values()))
 
 
-def test_each_step_moves_one_player_only(digits):
-    t = trainer(digits)
-    draws = t.draw(t.data)
-    players, critic = t.model.players.state_dict(), t.critics.state_dict()
-    before = {k: v.clone() for k, v in players.items() if "running" not in k and "num_batches" not in k}
-    t.critic_step(draws)
-    assert all(torch.equal(before[k], players[k]) for k in before)
-    frozen = {k: v.clone() for k, v in critic.items()}
-    t.player_step(draws)
-    learned = {k for k in frozen if "running" not in k and "num_batches" not in k}
-    assert all(torch.equal(frozen[k], critic[k]) for k in learned)
-    assert not all(torch.equal(before[k], players[k]) for k in before)
-    assert all(p.grad is not None for p in t.critics.parameters())
-
-
 @pytest.mark.parametrize("steps", [1, 3])
 def test_each_critic_step_has_draws_of_its_own_and_the_players_have_the_last(digits, monkeypatch, steps):
     t, critic, player = trainer(digits, critic_steps=steps), [], []
