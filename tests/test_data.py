@@ -116,6 +116,17 @@ def test_layout_of_cifar10(small_cifar10):
     assert "8 train, 2 validation, 2 test samples" in data.fetch("cifar10")
 
 
+def test_stacked_digits_come_from_where_the_digits_do(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.delenv("SVAE_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(data, "_download", lambda name, folder: asked.append(name))
+    assert data.fetch("stacked_digits").endswith("inside scikit-learn (no download)") and not asked
+    with pytest.raises(UserError, match="MNIST is not in"):
+        data.fetch("stacked_mnist")  # nothing came
+    assert asked == ["mnist"]
+
+
 @pytest.mark.parametrize("fault", ["truncated", "altered", "missing"])
 def test_damaged_cifar10(small_cifar10, fault):
     victim = small_cifar10 / "data_batch_3"

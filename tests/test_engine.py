@@ -165,6 +165,13 @@ def test_out_of_memory_says_which_batch_would_fit(monkeypatch, error):
     assert tried == [1280, 20, 40] and t.training.batch == 1280
 
 
+def test_of_a_small_batch_too_it_is_said_which_would_fit(monkeypatch):
+    monkeypatch.setattr(memory, "peak", lambda work, device: 100)
+    monkeypatch.setattr(memory, "available", lambda device: 1_000)
+    assert memory.largest_batch(lambda size: None, 32, torch.device("cpu")) == 16
+    assert memory.largest_batch(lambda size: None, 4, torch.device("cpu")) == 0
+
+
 def test_what_a_log_and_a_bar_show(capsys, monkeypatch):
     rows = []
     t = trainer("ring8", "vae", updates=4, log_every=2)

@@ -53,6 +53,11 @@ def test_names_are_readable_and_tell_changes_apart():
         (["run", "digits", "vae", "--set", "updates"], "--set wants KEY=VALUE"),
         (["run", "digits", "vae", "--device", "tpu"], "device 'tpu' is not available here"),
         (["run", "patches32", "vae", "--set", "batch=0"], "batch must be positive"),
+        (["run", "ring8", "vae", "--set", "batch=1"], "batch must be at least 2"),
+        (["run", "digits", "svae", "--set", "critic_outputs=2"], "the critic of svae gives one score"),
+        (["run", "digits", "vae", "--set", "updates=inf"], "updates must be of type int"),
+        (["sweep", "mnist", "svae"], "svae on mnist cannot be swept"),
+        (["sweep", "ring8", "wgan"], "wgan on ring8 cannot be swept"),
         (["run", "digits", "vae", "--set", "critic_pool=max"], "critic_pool must be one of average, none"),
         (["run", "digits", "vae", "--set", "dropout=1"], "dropout must be at least 0 and below 1"),
         (["run", "digits", "vae", "--set", "seed=5"], "seed is no key of --set"),
@@ -108,6 +113,51 @@ def test_a_record_says_where_its_run_began(tmp_path, monkeypatch):
 def pair_of_runs():
     small = {"updates": 4, "batch": 8, "hidden": 8, "log_every": 2, "score_samples": 40}
     return [Experiment.make("ring8", "vae", seed=seed, **small) for seed in (0, 1)]
+
+
+@pytest.mark.parametrize("text", ["3-", "-3", "9-0", "x", "1-2-3", "9" * 20])
+def test_seeds_are_a_number_or_a_range(text, capsys):
+    assert cli.seeds("3") == [3] and cli.seeds("0-2") == [0, 1, 2]
+    with pytest.raises(SystemExit):
+        cli.main(["run", "digits", "vae", f"--seed={text}"])
+    assert f"'{text}' is neither a seed like 3 nor a range like 0-9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [{"components": 2}, {"spectral": True}])
+def test_what_cannot_be_trained_together_runs_one_by_one(changes, monkeypatch):
+    made = [Experiment.make("ring8", "mix-wgan", seed=seed, **changes) for seed in (0, 1)]
+    monkeypatch.setattr(experiment, "run", lambda e, *_: e.name)
+    assert experiment.run_all(made, "cpu") == [e.name for e in made]
+
+
+def test_a_kill_between_two_evaluations_costs_no_training(tmp_path, monkeypatch):
+    made, record, trained = pair_of_runs(), experiment._record, []
+
+    def killed_at_the_second(e, *rest):
+        if e == made[1]:
+            raise KeyboardInterrupt
+        return record(e, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(experiment, "_record", killed_at_the_second)
+        experiment.run_together(made, "cpu", tmp_path)
+    monkeypatch.setattr(train.Trainer, "update", trained.append)
+    assert [found["status"] for found in experiment.run_together(made, "cpu", tmp_path)] == ["done", "done"]
+    assert not trained
+
+
+def test_of_runs_trained_together_only_the_one_that_diverged_says_so(tmp_path, monkeypatch):
+    made = [Experiment.make("ring8", "gan", seed=e.seed, updates=4, batch=8, hidden=8) for e in pair_of_runs()]
+    evaluated = experiment.evaluated
+
+    def second_is_lost(trainer, number):
+        players = evaluated(trainer, number)
+        for weights in players.parameters() if number else ():
+            weights.data.fill_(math.nan)
+        return players
+
+    monkeypatch.setattr(experiment, "evaluated", second_is_lost)
+    assert [found["status"] for found in experiment.run_together(made, "cpu", tmp_path)] == ["done", "diverged"]
 
 
 def test_the_record_and_the_draws_of_each_run_trained_together_are_its_own(tmp_path, monkeypatch):
@@ -182,9 +232,10 @@ def test_a_measure_that_is_not_finite_is_named(tmp_path, monkeypatch):
     assert "diverged: iw_dynamic not finite" in record["reason"]
 
 
-def test_a_damaged_record_is_refused(tmp_path):
+@pytest.mark.parametrize("content", [b"{", bytes([255, 254])])
+def test_a_damaged_record_is_refused(tmp_path, content):
     (tmp_path / "digits").mkdir()
-    (tmp_path / "digits" / "digits-vae-literal-quick-s0.json").write_text("{")
+    (tmp_path / "digits" / "digits-vae-literal-quick-s0.json").write_bytes(content)
     with pytest.raises(UserError, match="is damaged; delete it"):
         experiment.run(Experiment.make("digits", "vae"), "cpu", tmp_path)
 

@@ -9,7 +9,7 @@ from svae_lib.draws import Method
 from svae_lib.errors import UserError
 from svae_lib.flows import FlowDensity
 from svae_lib.models import DECODERS, ENCODERS, PIXEL_BY_PIXEL, Nets, build_model
-from svae_lib.nets import LOG_VAR_LIMIT, GaussianHead, Noise
+from svae_lib.nets import LOG_VAR_LIMIT, NORMS, GaussianHead, Noise
 
 IMAGE, POINT = (1, 8, 8), (2,)
 SMALL = dict(z_dim=3, hidden=16, critic_hidden=16, flow_length=2)
@@ -94,6 +94,20 @@ def test_every_kind_of_critic_scores_its_arguments(shape, kind, outputs):
         assert (scores > 0).all()
     elif kind == "xx":
         assert not torch.allclose(scores, critic(*pair[::-1])), "the two places are not exchangeable"
+
+
+@shapes
+def test_the_critic_of_energies_is_made_as_critics_are(shape):
+    model = build(shape, "energy", norm="batch", critic_norm="none", critic_dropout=0.0, instance_noise=0.5)
+    (critic,) = model.critics
+    assert not [m for m in critic.modules() if isinstance(m, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d)]
+    x = torch.rand(5, *shape)
+    assert not torch.equal(critic.eval()(x), critic(x))  # the noise is drawn anew
+
+
+@pytest.mark.parametrize("channels", [4, 20, 64])
+def test_group_norm_takes_any_number_of_channels(channels):
+    assert NORMS["group"](channels)(torch.rand(2, channels, 3, 3)).shape == (2, channels, 3, 3)
 
 
 @shapes

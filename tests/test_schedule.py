@@ -128,6 +128,20 @@ def test_what_still_runs_when_the_time_is_up_is_stopped(tmp_path, monkeypatch):
     assert time.monotonic() - start < 10 and said[-1] == f"stopped {run.name}, to be resumed"
 
 
+def test_runs_are_stopped_though_nobody_listens(tmp_path, monkeypatch):
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(schedule, "command", lambda *_: [*PYTHON, "import time; time.sleep(60)"])
+    monkeypatch.setattr(schedule.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+
+    def say(text):
+        if text.startswith("stopped"):
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        schedule.work(runs_of(("ring8", "vae"), ("ring8", "svae")), tmp_path, minutes=0.01, jobs=2, say=say)
+    assert len(started) == 2 and all(process.wait(5) < 0 for process in started)
+
+
 def test_a_killed_grid_takes_its_runs_with_it(tmp_path):
     child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     grid = f"""
@@ -227,11 +241,16 @@ def test_snakemake_plans_what_has_no_record(tmp_path):
     assert len(commands) == len(runs) - 1 and all("--nproc_per_node=4 -m svae_lib run ring8 " in c for c in commands)
 
 
-@pytest.mark.parametrize("cards, jobs, chosen", [(0, 2, [None] * 3), (1, 1, [None] * 3), (2, 2, ["0", "1", "0"])])
-def test_runs_go_to_the_graphics_cards_in_turn(tmp_path, monkeypatch, cards, jobs, chosen):
+@pytest.mark.parametrize(
+    "cards, jobs, visible, chosen",
+    [(0, 2, "", [None] * 3), (1, 1, "", [None] * 3), (2, 2, "", ["0", "1", "0"]), (2, 2, "5,7", ["5", "7", "5"])],
+)
+def test_runs_go_to_the_graphics_cards_in_turn(tmp_path, monkeypatch, cards, jobs, visible, chosen):
     monkeypatch.setattr(schedule, "GRID", (Block(("digits",), ("vae", "svae", "ali")),))
     monkeypatch.setattr(schedule.torch.cuda, "device_count", lambda: cards)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     started = []
 
     class Ended:
