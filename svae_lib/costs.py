@@ -23,8 +23,9 @@ from torch.utils.flop_counter import flop_registry
 from svae_lib import methods
 from svae_lib.data import Split
 from svae_lib.errors import UserError
-from svae_lib.experiment import SETTINGS, Experiment
+from svae_lib.experiment import Experiment
 from svae_lib.models import ARCHITECTURES, PIXEL_BY_PIXEL, build_model
+from svae_lib.settings import SETTINGS
 from svae_lib.train import Trainer
 
 # The data sets of the papers: shape of an image, and images in the published training set.

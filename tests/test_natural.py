@@ -15,6 +15,7 @@ from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
 from svae_lib.methods import METHODS
 from svae_lib.models import Nets, build_model
+from svae_lib.settings import SETTINGS
 
 CPU = torch.device("cpu")
 LEVELS = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1)
@@ -242,7 +243,7 @@ def test_every_method_trains_on_natural_images(corners, method, setting):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="natural images on a graphics card need a CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("setting", list(experiment.SETTINGS["natural"]))
+@pytest.mark.parametrize("setting", list(SETTINGS["natural"]))
 def test_natural_images_on_a_graphics_card(corners, setting, precision):
     """Whole updates are captured as a graph, and what is measured there is what the CPU measures."""
     device = experiment.choose_device("cuda")

@@ -148,7 +148,8 @@ def test_every_label_is_in_one_place():
 
 
 def test_the_register_of_ambiguities_states_the_defaults_that_are_used():
-    from svae_lib.experiment import SETTINGS, Experiment
+    from svae_lib.experiment import Experiment
+    from svae_lib.settings import SETTINGS
 
     settings_of, *_ = (ROOT / "book" / "ambiguities.md").read_text().partition("## Evaluation")
     titles = r"^## (?:Stabilised|Points|Natural images .*|The authors' program|Beyond)$"
