@@ -21,7 +21,7 @@ BLOCKS = 2  # in a stage
 class Residual(nn.Module):
     r"""x + two 3×3 convolutions, each behind a norm and a ReLU."""
 
-    def __init__(self, width: int, norm: str, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, norm: str, dropout: float) -> None:
         super().__init__()
         self.inner = nn.Sequential(
             NORMS[norm](width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
@@ -47,7 +47,7 @@ def stages(shape: tuple[int, int, int], channels: int) -> list[int]:
 
 
 def features(
-    shape: tuple[int, int, int], channels: int, norm: str = "batch", dropout: float = 0.0
+    shape: tuple[int, int, int], channels: int, norm: str, dropout: float
 ) -> tuple[nn.Sequential, int]:
     r"""What encoder and critic see of x: (B, C, H, W) -> (B, width · 64), one vector; and width."""
     first, *others = stages(shape, channels)
@@ -84,7 +84,7 @@ class Decoder(nn.Module):
     r"""p_θ(x|z): the same in reverse, each size doubled by copying; -> DiagonalGaussian, or without `noise` a Point."""
 
     def __init__(
-        self, shape: tuple[int, int, int], z_dim: int, channels: int, norm: str, dropout: float, noise: bool = True
+        self, shape: tuple[int, int, int], z_dim: int, channels: int, norm: str, dropout: float, noise: bool
     ) -> None:
         super().__init__()
         *outer, inner = stages(shape, channels)

@@ -44,10 +44,6 @@ class DiagonalGaussian(NamedTuple):
         r"""(v − μ)/σ, the noise that `rsample` would have made it of."""
         return (value - self.mean) * (-0.5 * self.log_var).exp()
 
-    def entropy(self) -> Tensor:
-        r"""h = ½ Σ [log σ² + log 2πe]; -> (B,)."""
-        return 0.5 * (self.log_var + LOG_2PI + 1).flatten(1).sum(1)
-
     def kl(self, other: DiagonalGaussian) -> Tensor:
         r"""KL(self ‖ other) in nats; -> (B,)."""
         square = (self.mean - other.mean).square() * (-other.log_var).exp()

@@ -180,7 +180,7 @@ AUTHORS_CODE = 2_048  # what the critic makes of a code
 class AuthorsEncoder(nn.Module):
     r"""u = tanh(linear(features(x, noise))): x (B, C, H, W) in [0, 1) -> DrawnCode (B, z_dim)."""
 
-    def __init__(self, shape: tuple[int, int, int], z_dim: int, norm: str = "batch") -> None:
+    def __init__(self, shape: tuple[int, int, int], z_dim: int, norm: str) -> None:
         super().__init__()
         height, width = AUTHORS.sides(shape)
         body = strided(shape[0] + 1, AUTHORS.widths, norm)
@@ -196,7 +196,7 @@ class AuthorsDecoder(nn.Module):
     z (B, z_dim) -> DrawnImage (B, C, H, W) in (0, 1).
     """
 
-    def __init__(self, shape: tuple[int, int, int], z_dim: int, norm: str = "batch") -> None:
+    def __init__(self, shape: tuple[int, int, int], z_dim: int, norm: str) -> None:
         super().__init__()
         height, width = (2 * side for side in AUTHORS.sides(shape))
         layers: list[nn.Module] = [Uniform(), AppendNoise(), nn.Linear(2 * z_dim, 512 * height * width)]
@@ -211,7 +211,7 @@ class AuthorsDecoder(nn.Module):
 
 
 def authors_critic_features(
-    shape: tuple[int, int, int], norm: str = "batch", dropout: float = 0.0
+    shape: tuple[int, int, int], norm: str, dropout: float
 ) -> tuple[nn.Sequential, int]:
     r"""What f_ψ sees of x: 64, 128, 256 and 512 channels, not pooled; and the number of features."""
     height, width = AUTHORS.sides(shape)

@@ -77,7 +77,7 @@ def quarter(shape: tuple[int, int, int]) -> tuple[int, int]:
 
 
 def a1_features(
-    shape: tuple[int, int, int], hidden: int, norm: str = "batch", dropout: float = 0.0
+    shape: tuple[int, int, int], hidden: int, norm: str, dropout: float
 ) -> nn.Sequential:
     r"""q_φ(z|x) of A.1 up to its heads: conv 32 s2, conv 64 s2, MLP; x (B, C, H, W) in [0, 1] -> (B, hidden).
 
@@ -160,7 +160,7 @@ class A1Decoder(nn.Module):
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], z_dim: int, hidden: int, norm: str = "batch", dropout: float = 0.0
+        self, shape: tuple[int, int, int], z_dim: int, hidden: int, norm: str, dropout: float
     ) -> None:
         super().__init__()
         height, width = quarter(shape)
@@ -210,7 +210,7 @@ class Critic(nn.Module):
 
 
 def a1_critic_features(
-    shape: tuple[int, int, int], norm: str = "batch", dropout: float = 0.0, pool: str = "average"
+    shape: tuple[int, int, int], norm: str, dropout: float, pool: str
 ) -> tuple[nn.Sequential, int]:
     r"""What f_ψ of A.1 sees of x: conv 32 s2, conv 64 s2, pool; and the number of features.
 
@@ -286,7 +286,7 @@ class DCGANDecoder(nn.Module):
     sigmoid of the logits in [0, 1]. z (B, z_dim) -> BernoulliImage over (B, C, H, W). Source: Radford et al. 2016.
     """
 
-    def __init__(self, shape: tuple[int, int, int], z_dim: int, channels: int = 64, norm: str = "batch") -> None:
+    def __init__(self, shape: tuple[int, int, int], z_dim: int, channels: int, norm: str) -> None:
         super().__init__()
         *outer, (height, width) = dcgan_sides(shape)
         wide = [channels * 2**stage for stage in reversed(range(len(outer)))]
@@ -308,7 +308,7 @@ class Centre(nn.Module):
 
 
 def dcgan_features(
-    shape: tuple[int, int, int], channels: int = 64, norm: str = "batch", dropout: float = 0.0
+    shape: tuple[int, int, int], channels: int, norm: str, dropout: float
 ) -> tuple[nn.Sequential, int]:
     r"""The discriminator without its last layer, and its features: 4×4 convolutions of stride 2, leaky ReLU 0.2.
 
