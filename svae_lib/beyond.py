@@ -46,9 +46,7 @@ def stages(shape: tuple[int, int, int], channels: int) -> list[int]:
     return [channels * min(2**stage, 4) for stage in range(halvings + 1)]
 
 
-def features(
-    shape: tuple[int, int, int], channels: int, norm: str, dropout: float
-) -> tuple[nn.Sequential, int]:
+def features(shape: tuple[int, int, int], channels: int, norm: str, dropout: float) -> tuple[nn.Sequential, int]:
     r"""What encoder and critic see of x: (B, C, H, W) -> (B, width · 64), one vector; and width."""
     first, *others = stages(shape, channels)
     layers = [nn.Conv2d(shape[0], first, 3, padding=1), *blocks(first, norm, dropout)]

@@ -210,9 +210,7 @@ class AuthorsDecoder(nn.Module):
         return DrawnImage(0.5 * (1 + self.net(z).float().tanh()))
 
 
-def authors_critic_features(
-    shape: tuple[int, int, int], norm: str, dropout: float
-) -> tuple[nn.Sequential, int]:
+def authors_critic_features(shape: tuple[int, int, int], norm: str, dropout: float) -> tuple[nn.Sequential, int]:
     r"""What f_ψ sees of x: 64, 128, 256 and 512 channels, not pooled; and the number of features."""
     height, width = AUTHORS.sides(shape)
     widths = [2 * channels for channels in AUTHORS.widths]

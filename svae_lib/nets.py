@@ -76,9 +76,7 @@ def quarter(shape: tuple[int, int, int]) -> tuple[int, int]:
     return height // 4, width // 4
 
 
-def a1_features(
-    shape: tuple[int, int, int], hidden: int, norm: str, dropout: float
-) -> nn.Sequential:
+def a1_features(shape: tuple[int, int, int], hidden: int, norm: str, dropout: float) -> nn.Sequential:
     r"""q_φ(z|x) of A.1 up to its heads: conv 32 s2, conv 64 s2, MLP; x (B, C, H, W) in [0, 1] -> (B, hidden).
 
     Source: S appendix A.1.
@@ -159,9 +157,7 @@ class A1Decoder(nn.Module):
     z (B, z_dim) -> BernoulliImage over (B, C, H, W). Source: S appendix A.1.
     """
 
-    def __init__(
-        self, shape: tuple[int, int, int], z_dim: int, hidden: int, norm: str, dropout: float
-    ) -> None:
+    def __init__(self, shape: tuple[int, int, int], z_dim: int, hidden: int, norm: str, dropout: float) -> None:
         super().__init__()
         height, width = quarter(shape)
         self.net = nn.Sequential(
@@ -209,9 +205,7 @@ class Critic(nn.Module):
         return self.joint(torch.cat(features, 1)).squeeze(1).float()
 
 
-def a1_critic_features(
-    shape: tuple[int, int, int], norm: str, dropout: float, pool: str
-) -> tuple[nn.Sequential, int]:
+def a1_critic_features(shape: tuple[int, int, int], norm: str, dropout: float, pool: str) -> tuple[nn.Sequential, int]:
     r"""What f_ψ of A.1 sees of x: conv 32 s2, conv 64 s2, pool; and the number of features.
 
     pool="average" is the appendix: global average pooling leaves 64 numbers of x, no positions.
@@ -307,9 +301,7 @@ class Centre(nn.Module):
         return 2 * x - 1
 
 
-def dcgan_features(
-    shape: tuple[int, int, int], channels: int, norm: str, dropout: float
-) -> tuple[nn.Sequential, int]:
+def dcgan_features(shape: tuple[int, int, int], channels: int, norm: str, dropout: float) -> tuple[nn.Sequential, int]:
     r"""The discriminator without its last layer, and its features: 4×4 convolutions of stride 2, leaky ReLU 0.2.
 
     The channels double each time; all but the first have a norm. Source: Radford et al. 2016.

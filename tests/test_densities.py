@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from svae_lib.densities import BernoulliImage, DiagonalGaussian, standard_normal_log_prob
 
 SHAPES = [(3, 1), (2, 5), (2, 1, 4, 4)]
-LINE = torch.linspace(-30, 30, 20_001, dtype=torch.float64)[:, None]  # one number per "sample"
+LINE = torch.linspace(-45, 45, 30_001, dtype=torch.float64)[:, None]  # one number per "sample"; 9 of the widest σ
 STEP = float(LINE[1, 0] - LINE[0, 0])
 
 
