@@ -81,7 +81,7 @@ class Dataset:
     test: Split
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         r"""(C, H, W) of one image, or (d,) of one point."""
         return tuple(self.train.images.shape[1:])
 

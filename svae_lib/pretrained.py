@@ -113,7 +113,7 @@ def keep(name: str, folder: Path | None = None) -> Path:
     full = _players(experiment, dataset.shape, weights, trained)
     half = {key: value.half() if value.dim() > 1 else value for key, value in weights.items()}
     rounded = _players(experiment, dataset.shape, half, trained)
-    images = spread(dataset.test.images, CHECKED)
+    images = evenly(dataset.test.images, CHECKED)
     found = check(experiment, full, images, record)
     rounding = _difference(found, _measured(experiment, rounded, images))
     rounding["pixel"] = _largest_change(experiment, full, rounded, images)
@@ -140,7 +140,7 @@ def check(experiment: Experiment, players: nn.ModuleDict, images: Tensor, record
     return found
 
 
-def spread(images: Tensor, count: int) -> Tensor:
+def evenly(images: Tensor, count: int) -> Tensor:
     r"""`count` images, evenly from first to last: the first half of MNIST's test images is easier than the second."""
     return images[:: max(1, len(images) // count)][:count]
 

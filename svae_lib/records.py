@@ -147,7 +147,7 @@ def papers(dataset: str) -> list[dict[str, Any]]:
     return rows[dataset]
 
 
-def seeds(runs: Iterable[Record], method: str, setting: str, profile: str = "cpu", **changes: Any) -> list[Record]:
+def of_row(runs: Iterable[Record], method: str, setting: str, profile: str = "cpu", **changes: Any) -> list[Record]:
     r"""The finished runs of one row of a table, which differ in their seeds alone; `changes` is that of `--set`."""
     row = {"method": method, "setting": setting, "profile": profile}.items()
     same = [run for run in runs if run["changes"] == changes and row <= run["experiment"].items()]
@@ -155,8 +155,8 @@ def seeds(runs: Iterable[Record], method: str, setting: str, profile: str = "cpu
 
 
 def values(runs: Iterable[Record], method: str, setting: str, metric: str, **row: Any) -> list[float]:
-    r"""What the runs of a row (`seeds`) measured, a number for each that has it."""
-    found = [run["metrics"] for run in seeds(runs, method, setting, **row)]
+    r"""What the runs of a row (`of_row`) measured, a number for each that has it."""
+    found = [run["metrics"] for run in of_row(runs, method, setting, **row)]
     return [metrics[metric]["value"] for metrics in found if metric in metrics]
 
 
@@ -218,7 +218,9 @@ def table(dataset: str, folder: Path | None = None) -> pd.DataFrame:
         for _, run in match.iterrows():
             ours_is = {"ours": f"{run['setting']}, {run['profile']}"}
             rows.append(row | ours_is | run.drop(["method", "setting", "profile"]).to_dict())
-        if not len(match):
+        if printed.get("sweep"):
+            rows.append(row | {"ours": f"over many settings: svae sweep {dataset} {key}"})
+        elif not len(match):
             reason = f"not run: svae run {dataset} {key} --profile cpu" if key else f"not run: {printed['reason']}"
             rows.append(row | {"ours": reason})
     measured = ["updates", "seeds", *(heading for heading, _ in columns(dataset).values()), "minutes"]

@@ -272,6 +272,7 @@ def test_table_is_made_from_records_alone(tmp_path):
         path.unlink()
     table = records.table("mnist", tmp_path).set_index("method")
     assert table.loc["sVAE", "ours"].startswith("not run: svae run mnist svae")
+    assert records.table("alice5", tmp_path)["ours"].tolist()[0] == "over many settings: svae sweep alice5 ali"
 
 
 def test_methods_lists_every_method(capsys):

@@ -29,7 +29,7 @@ def test_the_recorded_metrics_are_found_again(name):
     except UserError as error:
         pytest.skip(f"needs data: {error}")
     model, record = pretrained.load(name, device="cpu"), record_of(name)
-    images = pretrained.spread(dataset.test.images, 500)
+    images = pretrained.evenly(dataset.test.images, 500)
     found = pretrained.check(model.experiment, model.players, images, record)
     errors, bounds = {"rmse_grey", "l2"}, {"rate", "elbo_grey", "elbo_dynamic", "bits_closed", "bits_open"}
     assert errors <= set(found) and len(bounds & set(found)) >= 2
