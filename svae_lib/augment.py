@@ -36,9 +36,13 @@ def translation(x: Tensor, u: Tensor, v: Tensor, ratio: float = 1 / 8) -> Tensor
     r"""The image moved down and right by whole pixels, each at most `ratio` of the side; what comes in is black."""
     rows, rows_in = _moved(x.shape[2], u, ratio)
     columns, columns_in = _moved(x.shape[3], v, ratio)
+    return picked(x, rows, columns) * (rows_in[:, None, :, None] & columns_in[:, None, None, :])
+
+
+def picked(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    r"""Of each image its own rows (B, H') and columns (B, W'); -> (B, C, H', W'), channels last in memory."""
     batch = torch.arange(len(x), device=x.device)[:, None, None]
-    moved = x.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    return moved * (rows_in[:, None, :, None] & columns_in[:, None, None, :])
+    return x.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def _moved(side: int, u: Tensor, ratio: float) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from svae_lib import data, metrics
+from svae_lib.augment import picked
 from svae_lib.checkpoints import read_checkpoint, write_checkpoint
 from svae_lib.device import usable
 from svae_lib.errors import UserError
@@ -118,10 +119,8 @@ class Residual(Classifier):
         flip = torch.rand(count, generator=generator).to(x.device) < 0.5
         row, column = torch.randint(2 * most + 1, (2, count, 1), generator=generator).to(x.device)
         x = F.pad(torch.where(flip[:, None, None, None], x.flip(3), x), [most] * 4, mode="reflect")
-        rows = (row + torch.arange(height, device=x.device))[:, :, None]
-        columns = (column + torch.arange(width, device=x.device))[:, None, :]
-        batch = torch.arange(count, device=x.device)[:, None, None]
-        return x.permute(0, 2, 3, 1)[batch, rows, columns].permute(0, 3, 1, 2)  # channels last
+        side = torch.arange(max(height, width), device=x.device)
+        return picked(x, row + side[:height], column + side[:width])
 
 
 # Those that come with the book, for they are too costly to be trained unasked; others are in the user's cache.
