@@ -74,7 +74,7 @@ class Encoder(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> DiagonalGaussian:
-        mean, log_var = self.head(self.body(x)).float().chunk(2, 1)
+        mean, log_var = self.head(self.body(x)).to(x.dtype).chunk(2, 1)
         return DiagonalGaussian(mean, log_var.clamp(-LOG_VAR_LIMIT, LOG_VAR_LIMIT))
 
 
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
         self.net, self.noise = nn.Sequential(*layers), noise
 
     def forward(self, z: Tensor) -> DiagonalGaussian | Point:
-        made = self.net(z).float()
+        made = self.net(z).to(z.dtype)
         return pixels(*made.chunk(2, 1)) if self.noise else Point(made.sigmoid())
 
 

@@ -187,7 +187,7 @@ class AuthorsEncoder(nn.Module):
         self.net = nn.Sequential(Centre(), AppendNoise(), body, nn.Linear(256 * height * width, z_dim))
 
     def forward(self, x: Tensor) -> DrawnCode:
-        return DrawnCode(normal(self.net(x).float().tanh()))
+        return DrawnCode(normal(self.net(x).to(x.dtype).tanh()))
 
 
 class AuthorsDecoder(nn.Module):
@@ -207,7 +207,7 @@ class AuthorsDecoder(nn.Module):
         self.net = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> DrawnImage:
-        return DrawnImage(0.5 * (1 + self.net(z).float().tanh()))
+        return DrawnImage(0.5 * (1 + self.net(z).to(z.dtype).tanh()))
 
 
 def authors_critic_features(shape: tuple[int, int, int], norm: str, dropout: float) -> tuple[nn.Sequential, int]:

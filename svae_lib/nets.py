@@ -173,7 +173,7 @@ class A1Decoder(nn.Module):
         )
 
     def forward(self, z: Tensor) -> BernoulliImage:
-        return BernoulliImage(self.net(z).float())
+        return BernoulliImage(self.net(z).to(z.dtype))
 
 
 class Noise(nn.Module):
@@ -202,7 +202,7 @@ class Critic(nn.Module):
 
     def forward(self, *arguments: Tensor) -> Tensor:
         features = [part(argument) for part, argument in zip(self.parts, arguments, strict=True)]
-        return self.joint(torch.cat(features, 1)).squeeze(1).float()
+        return self.joint(torch.cat(features, 1)).squeeze(1).to(arguments[0].dtype)
 
 
 def a1_critic_features(shape: tuple[int, int, int], norm: str, dropout: float, pool: str) -> tuple[nn.Sequential, int]:
@@ -291,7 +291,7 @@ class DCGANDecoder(nn.Module):
         self.net = nn.Sequential(*layers, nn.ConvTranspose2d(channels, shape[0], 4, 2, 1))
 
     def forward(self, z: Tensor) -> BernoulliImage:
-        return BernoulliImage(self.net(z).float())
+        return BernoulliImage(self.net(z).to(z.dtype))
 
 
 class Centre(nn.Module):
