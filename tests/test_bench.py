@@ -198,7 +198,7 @@ def test_all_rows_are_measured_recorded_and_shown_on_the_page(monkeypatch, tmp_p
 def test_only_one_group_is_run_and_not_recorded(monkeypatch, tmp_path):
     monkeypatch.setitem(bench.GROUPS, "loader", lambda _: iter([timing.missing("x", "y")]))
     monkeypatch.setattr(bench, "ceilings", lambda *_: BENCH.machine)
-    monkeypatch.setattr(bench.records, "results_folder", lambda: tmp_path)
+    monkeypatch.setattr(bench.records, "results_folder", lambda chosen=None: tmp_path)
     assert cli.main(["bench", "--only", "loader", "--device", "cpu"]) == 0
     assert not [*tmp_path.iterdir()]
     assert [row["name"] for row in bench.run("cpu", TINY, "loader", lambda _: None)["rows"]] == ["x"]

@@ -122,7 +122,7 @@ def test_degradations_by_hand():
 def small(tmp_path, monkeypatch):
     """Two classes that a line tells apart, under the name of a set whose classifier is kept, in the test's folders."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(classifier, "results_folder", lambda: tmp_path)
+    monkeypatch.setattr(classifier, "results_folder", lambda chosen=None: tmp_path)
     monkeypatch.setattr(classifier, "BATCH", 16)
     monkeypatch.setattr(classifier, "EPOCHS", {"cifar10": 3})
     images = torch.randint(40, 90, (96, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -178,7 +178,7 @@ def test_the_command_trains_once_keeps_a_small_file_and_reports(small, tmp_path,
     assert cli.main(command) == 0 and kept.stat().st_mtime_ns == written
     assert capsys.readouterr().out.count("test_accuracy") == 2
     assert classifier.accuracy(classifier.load_classifier(small, CPU), small.test) == 1.0
-    monkeypatch.setattr(records, "results_folder", lambda: tmp_path)
+    monkeypatch.setattr(records, "results_folder", lambda chosen=None: tmp_path)
     real = evaluation.real_data(small, CPU)
     assert real.pop("classifier_accuracy") == 1.0
     assert real == {key: report["metrics"][f"test_{key}"] for key in ("score", "fcd", "kcd")}
