@@ -1,7 +1,7 @@
-r"""The book out of its chapters: keep their executed copies fresh, store their outputs, build the pages.
+r"""The book out of its chapters: keep their outputs fresh, build the pages.
 
-`build_book` and `store` are `svae book`. A chapter is executed again only when something that its outputs depend on has
-changed (`fingerprint`).
+`build_book` is `svae book`. Chapters hold their outputs; one is executed again only when something that these depend on
+has changed (`fingerprint`).
 """
 
 from __future__ import annotations
@@ -75,40 +75,37 @@ def fingerprint(chapter: Path) -> str:
     return digest.hexdigest()
 
 
-def executed(chapter: Path) -> Path:
-    r"""Where the executed copy of a chapter is."""
-    return chapter.parent.parent / "_build" / "executed" / chapter.name
-
-
-def stamp(chapter: Path) -> Path:
-    r"""The file beside the executed copy that says what this was made from, as `made_from` does."""
-    return executed(chapter).with_suffix(".json")
-
-
-def made_from(chapter: Path) -> dict[str, Any]:
-    r"""The fingerprint of a chapter and the versions, as they are now."""
-    return {"fingerprint": fingerprint(chapter), "versions": notebooks.versions()}
-
-
 def is_stale(chapter: Path) -> bool:
-    r"""Whether the executed copy of a chapter is missing or older than what it depends on."""
-    there = executed(chapter).exists() and stamp(chapter).exists()
-    return not there or json.loads(stamp(chapter).read_text()) != made_from(chapter)
+    r"""Whether the outputs in a chapter are not those of one run of its cells with the present library and records."""
+    notebook, cells = _read(chapter)
+    in_order = [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    return not in_order or notebook.metadata.get("fingerprint") != fingerprint(chapter)
 
 
 def execute(chapter: Path) -> None:
-    r"""Execute a chapter with its own parameters into the build folder and stamp the copy."""
-    stamp(chapter).unlink(missing_ok=True)
-    now = made_from(chapter)  # what is about to run, not what is there when it has run
-    notebooks.run_chapter(chapter.stem, output=executed(chapter), root=chapter.parent.parent, echo=False)
-    with whole(stamp(chapter)) as new:
-        new.write_text(json.dumps(now))
+    r"""Execute a chapter with its own parameters and keep the outputs in it.
+
+    Raises UserError, and changes nothing, if a cell fails or somebody edits a cell meanwhile.
+    """
+    import nbformat
+
+    now = fingerprint(chapter)  # of what is about to run, not of what is there when it has run
+    done = _read(notebooks.run_chapter(chapter.stem, root=chapter.parent.parent, echo=False))[1]
+    notebook, cells = _read(chapter)
+    if [cell.source for cell in cells] != [cell.source for cell in done]:
+        raise UserError(f"chapter {chapter.stem} changed while it was executed; give the command again")
+    for cell, copy in zip(cells, done, strict=True):
+        hidden = "remove-output" in cell.metadata.get("tags", [])  # widgets: nothing to see without a kernel
+        cell.outputs, cell.execution_count = [] if hidden else copy.outputs, copy.execution_count
+    notebook.metadata["fingerprint"] = now
+    with whole(chapter) as new:
+        nbformat.write(notebook, new)
 
 
-def refresh(root: Path = ROOT) -> None:
-    r"""Execute the stale chapters, one process to a core."""
+def refresh(root: Path = ROOT, everything: bool = False) -> None:
+    r"""Execute the stale chapters, or all, one process to a core."""
     notebooks.need("papermill", "book")
-    stale = [chapter for chapter in notebooks.chapters(root) if is_stale(chapter)]
+    stale = [chapter for chapter in notebooks.chapters(root) if everything or is_stale(chapter)]
     if not stale:
         return
     cores = os.cpu_count() or 1
@@ -129,36 +126,6 @@ def refresh(root: Path = ROOT) -> None:
         raise UserError("; ".join(failures))
 
 
-def with_outputs(chapter: Path) -> Any:
-    r"""The chapter as it stands, with the outputs of its executed copy and the fingerprint that they belong to.
-
-    Raises UserError if the copy was made of other cells.
-    """
-    notebook, cells = _read(chapter)
-    copy = _read(executed(chapter))[1]
-    if [cell.source for cell in cells] != [cell.source for cell in copy]:
-        raise UserError(f"chapter {chapter.stem} changed while it was executed; give the command again")
-    for cell, done in zip(cells, copy, strict=True):
-        hidden = "remove-output" in cell.metadata.get("tags", [])  # widgets: nothing to see without a kernel
-        cell.outputs, cell.execution_count = [] if hidden else done.outputs, done.execution_count
-    notebook.metadata["fingerprint"] = json.loads(stamp(chapter).read_text())["fingerprint"]
-    return notebook
-
-
-def _write(notebook: Any, path: Path) -> None:
-    import nbformat
-
-    with whole(path) as new:
-        nbformat.write(notebook, new)
-
-
-def store(root: Path = ROOT) -> None:
-    r"""Write the outputs of freshly executed chapters back into `notebooks/`, to be committed."""
-    refresh(root)
-    for chapter in notebooks.chapters(root):
-        _write(with_outputs(chapter), chapter)
-
-
 def stage(root: Path = ROOT) -> Path:
     r"""Lay out everything that the pages are made of in `_build/source`, as in the repository, and return it.
 
@@ -166,25 +133,21 @@ def stage(root: Path = ROOT) -> Path:
     """
     source = root / "_build" / "source"
     shutil.rmtree(source, ignore_errors=True)
-    for folder in ("book", "results", "tests/equations"):
-        shutil.copytree(root / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", *PASSING))
+    left = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", *PASSING)
+    for folder in ("book", "notebooks", "results", "tests/equations"):
+        shutil.copytree(root / folder, source / folder, ignore=left)
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy2(root / name, source / name)
-    for chapter in notebooks.chapters(root):
-        staged = source / "notebooks" / chapter.name
-        _write(with_outputs(chapter), staged)
-        changed = max(chapter.stat().st_mtime, executed(chapter).stat().st_mtime)
-        os.utime(staged, (changed, changed))
     mathjax = source / "book/_static/mathjax/tex-svg-full.js"  # one file of 2 MB out of a package of 24 MB
     mathjax.parent.mkdir()
     shutil.copy2(str(importlib.resources.files("sphinx-mathjax-offline") / "static/mathjax" / mathjax.name), mathjax)
     return source
 
 
-def build_book(root: Path = ROOT) -> Path:
-    r"""Execute what is stale, build the pages with every warning an error, and return the page to open."""
+def build_book(root: Path = ROOT, everything: bool = False) -> Path:
+    r"""Execute what is stale, or all, build the pages with every warning an error, and return the page to open."""
     notebooks.need("jupyter_book", "book")
-    refresh(root)
+    refresh(root, everything)
     source = stage(root)
     program = "from jupyter_book.cli.main import main; main()"
     options = ["build", ".", "--path-output", str(root), "-n", "-W", "--keep-going", "-q"]

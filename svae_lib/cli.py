@@ -178,8 +178,8 @@ def parser() -> argparse.ArgumentParser:
     verify = command("verify", "prove every numbered equation and print the claims ledger")
     verify.add_argument("--store", action="store_true", help="also keep the observations for the book's ledger page")
 
-    book = command("book", "execute the chapters that changed and build the HTML pages")
-    book.add_argument("--store", action="store_true", help="also keep the fresh outputs in notebooks/")
+    book = command("book", "execute the chapters whose outputs are out of date and build the HTML pages")
+    book.add_argument("--all", action="store_true", help="execute every chapter")
 
     dataset = command("data", "find, download or convert a dataset, verify it, say where it is")
     dataset.add_argument("dataset", help=DATASETS)

@@ -164,9 +164,7 @@ def verify_command(args: argparse.Namespace) -> None:
 def book_command(args: argparse.Namespace) -> None:
     from svae_lib import book
 
-    if args.store:
-        book.store()
-    print(book.build_book())
+    print(book.build_book(everything=args.all))
 
 
 def data_command(args: argparse.Namespace) -> None:

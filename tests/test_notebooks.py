@@ -1,11 +1,11 @@
-"""Chapters as programs: names, parameters, execution, and what makes an executed copy stale."""
+"""Chapters as programs: names, parameters, execution, and what makes their outputs stale."""
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from svae_lib import notebooks
-from svae_lib.book import execute, executed, fingerprint, is_stale, refresh, store, with_outputs
+from svae_lib.book import execute, fingerprint, is_stale, refresh
 from svae_lib.errors import UserError
 
 PARAMETERS = """\
@@ -134,20 +134,30 @@ def test_a_change_makes_stale_what_depends_on_it(book, change, stale):
     assert [path.stem for path, old in before.items() if fingerprint(path) != old] == stale
 
 
-def test_prose_does_not_make_a_chapter_stale_but_code_and_versions_do(book, monkeypatch):
-    path = book / "notebooks" / "01_first_steps.ipynb"
-    execute(write_chapter(path, "x = 1"))
-    assert not is_stale(write_chapter(path, "x = 1", text="Better prose."))
-    assert is_stale(write_chapter(path, "x = 2"))
-    assert not is_stale(write_chapter(path, "x = 1"))
-    executed(path).rename(path.with_suffix(".gone"))
+def edit(path, source, text="Prose."):
+    """Another text and another last cell; outputs and everything else stay."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[0].source, notebook.cells[-1].source = text, source
+    nbformat.write(notebook, path)
+
+
+def test_prose_does_not_make_a_chapter_stale_but_code_and_cells_run_alone_do(book):
+    path = write_chapter(book / "notebooks" / "01_first_steps.ipynb", "x = 1")
     assert is_stale(path)
-    executed(path).touch()
-    monkeypatch.setattr(notebooks, "versions", lambda: {"torch": "another"})
+    execute(path)
+    assert not is_stale(path)
+    edit(path, "x = 1", text="Better prose.")
+    assert not is_stale(path)
+    edit(path, "x = 2")
+    assert is_stale(path)
+    edit(path, "x = 1")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[-1].execution_count = 7
+    nbformat.write(notebook, path)
     assert is_stale(path)
 
 
-def test_only_stale_chapters_run_and_their_outputs_are_stored(book, capsys):
+def test_only_stale_chapters_run_and_their_outputs_are_kept(book, capsys):
     first, second = (book / "notebooks" / name for name in ("01_first_steps.ipynb", "20_mnist.ipynb"))
     write_chapter(first, "print('one')")
     write_chapter(second, "print('two')")
@@ -157,9 +167,9 @@ def test_only_stale_chapters_run_and_their_outputs_are_stored(book, capsys):
     refresh(book)
     assert capsys.readouterr().out == ""
 
-    write_chapter(first, "print('one')", text="Better prose.")
-    write_chapter(second, "print('three')")
-    store(book)
+    edit(first, "print('one')", text="Better prose.")
+    edit(second, "print('three')")
+    refresh(book)
     assert capsys.readouterr().out.startswith("Running 20_mnist\n")
     for path, text, printed in ((first, "Better prose.", "one\n"), (second, "Prose.", "three\n")):
         stored = nbformat.read(path, as_version=4)
@@ -170,13 +180,24 @@ def test_only_stale_chapters_run_and_their_outputs_are_stored(book, capsys):
         assert "papermill" not in stored.metadata
         assert not any({"papermill", "execution"} & set(cell.metadata) for cell in stored.cells)
 
+    refresh(book, everything=True)
+    assert capsys.readouterr().out.startswith("Running 01_first_steps, 20_mnist\n")
 
-def test_outputs_of_other_cells_are_not_stored(book):
+
+def test_a_chapter_that_is_edited_while_it_runs_stays_as_it_is(book, monkeypatch):
     path = write_chapter(book / "notebooks" / "01_first_steps.ipynb", "x = 1")
-    execute(path)
-    write_chapter(path, "x = 2")
+    run = notebooks.run_chapter
+
+    def run_and_edit(*args, **options):
+        output = run(*args, **options)
+        edit(path, "x = 2")
+        return output
+
+    monkeypatch.setattr(notebooks, "run_chapter", run_and_edit)
     with pytest.raises(UserError, match="01_first_steps changed while"):
-        with_outputs(path)
+        execute(path)
+    notebook = nbformat.read(path, as_version=4)
+    assert notebook.cells[-1].source == "x = 2" and notebook.cells[-1].execution_count is None
 
 
 def test_one_failing_chapter_does_not_stop_the_others(book):

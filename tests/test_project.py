@@ -109,7 +109,7 @@ def test_chapter_was_executed_in_order_without_errors(notebook):
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_chapter_has_the_outputs_of_the_present_cells_library_and_records(path):
     stored = nbformat.read(path, as_version=4).metadata.get("fingerprint")
-    assert stored == fingerprint(path), "run svae book --store"
+    assert stored == fingerprint(path), "run svae book"
 
 
 def test_chapter_ends_with_its_conditions(notebook):
