@@ -22,6 +22,7 @@ test: .venv/installed  ## run the tests, and the chapters against their stored o
 
 lint: .venv/installed  ## check style, and that notebooks hold outputs but no traces of their execution
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check -q .
 	@$(BIN)/nbstripout --verify --keep-output --keep-count --keep-id --extra-keys \
 		"metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.widgets" notebooks/*.ipynb
 

@@ -17,10 +17,11 @@ import torch
 
 from svae_lib import costs, methods, records, rivals, scaling
 from svae_lib.costs import SHAPES, Machine
-from svae_lib.data import Dataset, Split, grey
+from svae_lib.data import Dataset, Split
 from svae_lib.device import choose_device, describe, knows_bf16
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment, prepare, prepare_together
+from svae_lib.levels import grey
 from svae_lib.models import build_model
 from svae_lib.timing import (
     FULL,
@@ -203,9 +204,7 @@ def growth(bench: Bench) -> Iterator[Row]:
         yield from _threads(bench, engine(bench, plain))
 
 
-def _grown(
-    bench: Bench, name: str, updates: dict[int, Step], aim: str = "", per_unit: bool = False
-) -> Iterator[Row]:
+def _grown(bench: Bench, name: str, updates: dict[int, Step], aim: str = "", per_unit: bool = False) -> Iterator[Row]:
     times = in_turns({str(size): update for size, update in updates.items()}, bench.device, bench.effort)
     if per_unit:
         times = {size: seconds / int(size) for size, seconds in times.items()}

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svae_lib.data import Dataset, grey
+from svae_lib.data import Dataset
+from svae_lib.levels import grey
 from svae_lib.metrics import Metric, error_units, summary
 
 CELL = 1 / 12  # variance of the uniform noise that spreads a grey level over its interval of length one

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from svae_lib import data, metrics
+from svae_lib import data, levels, metrics
 from svae_lib.augment import picked
 from svae_lib.checkpoints import read_checkpoint, write_checkpoint
 from svae_lib.device import usable
@@ -184,7 +184,7 @@ def _shuffled(train: data.Split, generator: torch.Generator) -> Iterator[tuple[T
     device = train.labels.device
     order = torch.randperm(len(train), generator=generator).to(device)
     for rows in order.split(BATCH)[: batches_in(train)]:
-        yield data.grey(train.take(rows)), train.labels[rows]
+        yield levels.grey(train.take(rows)), train.labels[rows]
 
 
 def _resume(parts: dict, generator: torch.Generator, state: dict) -> int:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from svae_lib import objectives
-from svae_lib.data import Axis, Grey
 from svae_lib.densities import DiagonalGaussian, kl_to_prior
+from svae_lib.levels import Axis, Grey
 
 
 @dataclass

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from svae_lib import metrics, quality, records
 from svae_lib.autoregressive import PixelModel
 from svae_lib.classifier import accuracy, load_classifier
-from svae_lib.data import STACKED, Axis, Cells, Dataset, Grey, load
+from svae_lib.data import STACKED, Dataset, load
 from svae_lib.densities import Point
 from svae_lib.errors import UserError
+from svae_lib.levels import Axis, Cells, Grey
 from svae_lib.mixtures import MIXTURES, Mixture
 
 Metrics = dict[str, metrics.Metric]

@@ -40,10 +40,12 @@ class Conditional:
         cross = cov @ self.gain.mT
         return MultivariateNormal(
             torch.cat([marginal.mean, self.gain @ marginal.mean + self.offset]),
-            torch.cat([
-                torch.cat([cov, cross], 1),
-                torch.cat([cross.mT, self.gain @ cross + self.cov], 1),
-            ]),
+            torch.cat(
+                [
+                    torch.cat([cov, cross], 1),
+                    torch.cat([cross.mT, self.gain @ cross + self.cov], 1),
+                ]
+            ),
         )
 
 

@@ -180,6 +180,7 @@ def covariance_matching(phi_q: Tensor, phi_p: Tensor, rank: int | None = None) -
 
     The gap is E_p ΦΦᵀ − E_q ΦΦᵀ, not centred; all columns give its nuclear norm. Source: Mroueh, Sercu & Goel 2017.
     """
+
     def square(phi: Tensor) -> Tensor:  # not a matrix product, which autocast would round
         return (phi[:, :, None] * phi[:, None]).mean(0)
 

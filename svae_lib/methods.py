@@ -71,9 +71,7 @@ def svae(d: Draws) -> Tensor:
 
 def svae_r(d: Draws) -> Tensor:
     r"""S29: S14 plus λ times both reconstructions, as printed (draws attached)."""
-    return objectives.symmetric_with_reconstruction(
-        d.f_q, d.f_p, d.log_p_x_given_z, d.log_q_z_given_x, d.weight
-    )
+    return objectives.symmetric_with_reconstruction(d.f_q, d.f_p, d.log_p_x_given_z, d.log_q_z_given_x, d.weight)
 
 
 def wake_sleep(d: Draws) -> Tensor:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from svae_lib.data import Axis, Cells, Grey, binarise, grey
 from svae_lib.densities import DiscretisedGaussian, Point, kl_to_prior, standard_normal_log_prob
+from svae_lib.levels import Axis, Cells, Grey, binarise, grey
 from svae_lib.mixtures import Mixture
 
 Metric = dict[str, float]
@@ -129,9 +129,7 @@ def importance_weighted_by_difference(
     return {"value": elbo["value"] - gap["value"], "se": se, "n": len(x), "k": samples}
 
 
-def dynamic_nll(
-    encoder: nn.Module, decoder: nn.Module, images: Tensor, samples: int, subset: int
-) -> dict[str, Metric]:
+def dynamic_nll(encoder: nn.Module, decoder: nn.Module, images: Tensor, samples: int, subset: int) -> dict[str, Metric]:
     r"""The two bounds on dynamically binarised images: ELBO on all, importance-weighted on all by difference."""
     distortion, rate = elbo_parts(encoder, decoder, images, binary_draw)
     elbo = summary(distortion + rate)
@@ -145,7 +143,7 @@ class OnLevels(NamedTuple):
     density: DiscretisedGaussian
 
     def log_prob(self, value: Tensor) -> Tensor:
-        r"""Σ log p(i) in nats; `value` (B, ...) on the axis of `data.Cells` -> (B,)."""
+        r"""Σ log p(i) in nats; `value` (B, ...) on the axis of `levels.Cells` -> (B,)."""
         return self.density.log_prob((256 * value).floor())
 
 
@@ -207,9 +205,7 @@ def error_units(per_image: Tensor, pixels: int) -> dict[str, Metric]:
 
 
 @torch.no_grad()
-def sample_images(
-    decoder: nn.Module, z_dim: int, count: int, device: torch.device, axis: Axis = Grey
-) -> Tensor:
+def sample_images(decoder: nn.Module, z_dim: int, count: int, device: torch.device, axis: Axis = Grey) -> Tensor:
     r"""`count` decoder means at z ~ N(0, I), rounded to uint8 as stored images are; (count, C, H, W)."""
     images = []
     for size in [BATCH] * (count // BATCH) + [count % BATCH] * (count % BATCH > 0):

@@ -13,9 +13,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 from svae_lib import beyond, flows, natural, nets
 from svae_lib.augment import Augmented
 from svae_lib.autoregressive import PixelCNN, PixelRNN
-from svae_lib.data import Axis, Cells, Grey
 from svae_lib.draws import Method, Model
 from svae_lib.errors import UserError
+from svae_lib.levels import Axis, Cells, Grey
 
 ENCODERS = ("gaussian", "planar", "iaf", "spline", "implicit")
 ARCHITECTURES = ("a1", "dcgan", *natural.ARCHITECTURES)

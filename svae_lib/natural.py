@@ -1,6 +1,6 @@
 r"""Nets for natural images: appendices A.2 and A.3 of paper S, whose p_θ(x|z) is a Gaussian on [0, 1), and others.
 
-They see dequantised images (`svae_lib.data.Cells`). A.2 and A.3 are one pattern at two sizes: stages of three layers,
+They see dequantised images (`svae_lib.levels.Cells`). A.2 and A.3 are one pattern at two sizes: stages of three layers,
 the first of which halves (or doubles) the image. Like those of `svae_lib.nets`, they know sizes, not losses.
 """
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from svae_lib import metrics
-from svae_lib.data import Axis, Dataset, grey
+from svae_lib.data import Dataset
+from svae_lib.levels import Axis, grey
 
 if TYPE_CHECKING:
     from svae_lib.experiment import Experiment

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from svae_lib import data, evaluation, metrics, records
+from svae_lib import data, evaluation, levels, metrics, records
 from svae_lib.checkpoints import read_checkpoint
 from svae_lib.device import choose_device
 from svae_lib.errors import UserError
@@ -49,7 +49,7 @@ class Pretrained:
     def sample(self, count: int) -> Tensor:
         r"""`count` decoder means at z ~ N(0, I), grey in [0, 1]; (count, C, H, W)."""
         nets = self.experiment.nets
-        return data.grey(metrics.sample_images(self.players["decoder"], nets.z_dim, count, self.device, nets.axis))
+        return levels.grey(metrics.sample_images(self.players["decoder"], nets.z_dim, count, self.device, nets.axis))
 
     def reconstruct(self, images: Tensor) -> Tensor:
         r"""x̂, the decoder mean at the encoder mean, of uint8 images (N, C, H, W); grey in [0, 1], of that shape.

@@ -10,6 +10,7 @@ from svae_lib import data, evaluation, experiment, metrics
 from svae_lib.autoregressive import LogisticMixture, Masked, PixelCNN, PixelRNN, Softmax, levels, skew, unskew
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
+from svae_lib.levels import grey
 from svae_lib.methods import METHODS
 from svae_lib.models import build_model
 
@@ -166,7 +167,7 @@ def test_a_few_images_are_learned_to_half_a_bit_per_pixel(kind):
     torch.manual_seed(0)
     images = 255 * (data.load("digits").train.images[:4, :, 2:6, 2:6] > 100).byte()  # black and white
     assert len(images.unique(dim=0)) == 4
-    x = data.grey(images)
+    x = grey(images)
     made = {"pixelcnn": PixelCNN((1, 4, 4), 16, 2), "pixelrnn": PixelRNN((1, 4, 4), 16, 2)}[kind]
     adam = torch.optim.Adam(made.parameters(), lr=1e-2)
     for _ in range(100):

@@ -11,7 +11,7 @@ from scipy.special import log_ndtr
 from torch.distributions import MultivariateNormal, kl_divergence
 from torch.testing import assert_close
 
-from svae_lib import bounds, cli, data, records
+from svae_lib import bounds, cli, data, levels, records
 from svae_lib.bounds import CELL, Basis
 from svae_lib.densities import BernoulliImage, DiagonalGaussian, DiscretisedGaussian
 from svae_lib.errors import UserError
@@ -281,7 +281,7 @@ def test_the_curve_is_what_linear_vaes_pay(basis):
 
 def test_entropy_floor_is_the_least_bernoulli_nll():
     images = torch.randint(0, 256, (20, 1, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    x = data.grey(images).double()
+    x = levels.grey(images).double()
     at = lambda pi: -BernoulliImage(pi.logit()).log_prob(x)  # noqa: E731
     floor = bounds.entropy_floor(images)
     assert_close(floor, at(x.clamp(1e-12, 1 - 1e-12)), rtol=1e-9, atol=1e-9)

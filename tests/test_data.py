@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from svae_lib import data
+from svae_lib import data, levels
 from svae_lib.errors import UserError
 
 HAS_MNIST = (data.root() / "MNIST" / "raw").is_dir()
@@ -54,7 +54,7 @@ def test_cifar10():
 
 def test_binarise_has_the_grey_image_as_its_mean():
     x = torch.tensor([0.0, 0.25, 0.5, 1.0])
-    draws = data.binarise(x.expand(40_000, 4), torch.Generator().manual_seed(0))
+    draws = levels.binarise(x.expand(40_000, 4), torch.Generator().manual_seed(0))
     assert set(draws.unique().tolist()) == {0.0, 1.0}
     assert torch.all((draws.mean(0) - x).abs() <= 4 * (x * (1 - x) / 40_000).sqrt())
 

@@ -15,8 +15,8 @@ from torch.nn.functional import dropout
 from torch.testing import assert_close
 
 from svae_lib import cli, distributed, train
-from svae_lib.data import Cells
 from svae_lib.errors import UserError
+from svae_lib.levels import Cells
 
 
 def torchrun(*arguments, cache):

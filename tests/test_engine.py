@@ -123,8 +123,13 @@ def test_the_average_is_that_of_pytorch_and_takes_a_tensor():
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     own, by_tensor = engine.Average(net), engine.Average(net)
-    other = AveragedModel(net, multi_avg_fn=lambda a, b, _: [x.lerp_(y, 0.3) if x.is_floating_point() else x.copy_(y)
-                                                             for x, y in zip(a, b, strict=True)], use_buffers=True)
+    other = AveragedModel(
+        net,
+        multi_avg_fn=lambda a, b, _: [
+            x.lerp_(y, 0.3) if x.is_floating_point() else x.copy_(y) for x, y in zip(a, b, strict=True)
+        ],
+        use_buffers=True,
+    )
     for share in (1.0, 0.3, 0.3):
         net(torch.randn(5, 3))
         for parameter in net.parameters():
@@ -132,8 +137,12 @@ def test_the_average_is_that_of_pytorch_and_takes_a_tensor():
         own.follow(share)
         by_tensor.follow(torch.tensor(share))
         other.update_parameters(net)
-    for a, b, c in zip(own.module.state_dict().values(), other.module.state_dict().values(),
-                       by_tensor.module.state_dict().values(), strict=True):
+    for a, b, c in zip(
+        own.module.state_dict().values(),
+        other.module.state_dict().values(),
+        by_tensor.module.state_dict().values(),
+        strict=True,
+    ):
         assert torch.equal(a, b)
         assert_close(c, b, rtol=1e-6, atol=1e-6)
 
@@ -141,8 +150,13 @@ def test_the_average_is_that_of_pytorch_and_takes_a_tensor():
 # Memory -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+)
 def test_out_of_memory_says_which_batch_would_fit(monkeypatch, error):
     t = trainer("ring8", "vae", batch=1280)
     draw, tried = t.draw, []
@@ -285,13 +299,28 @@ def cuda(monkeypatch):
 
 
 def weights(t):
-    return [p.detach().cpu() for p in (*t.players.state_dict().values(), *t.critics.state_dict().values(),
-                                       *(t.average.module.state_dict().values() if t.average else ()))]
+    return [
+        p.detach().cpu()
+        for p in (
+            *t.players.state_dict().values(),
+            *t.critics.state_dict().values(),
+            *(t.average.module.state_dict().values() if t.average else ()),
+        )
+    ]
 
 
 @on_cuda
-@pytest.mark.parametrize("dataset, method", [("digits", "vae"), ("digits", "svae-r"), ("digits", "as-vae"),
-                                             ("digits", "wgan-gp"), ("digits", "fisher-gan"), ("ring8", "svae-exact")])
+@pytest.mark.parametrize(
+    "dataset, method",
+    [
+        ("digits", "vae"),
+        ("digits", "svae-r"),
+        ("digits", "as-vae"),
+        ("digits", "wgan-gp"),
+        ("digits", "fisher-gan"),
+        ("ring8", "svae-exact"),
+    ],
+)
 def test_graph_and_eager_updates_give_the_same_numbers(cuda, dataset, method):
     changes = {"updates": 20, "log_every": 10, "ema": 0.9, "decay": True}
     changes |= {"penalty": 0.1} if method in ("svae-r", "svae-exact") else {}

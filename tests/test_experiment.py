@@ -288,8 +288,9 @@ def test_a_reader_who_has_seen_enough_is_no_error(unbuffered):
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "svae_lib", "methods"]
-    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE,
-                           env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+    ended = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    )
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (0, b"")
 

@@ -207,10 +207,12 @@ def test_inverse_autoregressive_density_is_zukos_flow_turned_round():
     straight = zuko.distributions.NormalizingFlow(layers.flow.transform(features), base)
     agree(ours.log_prob(y), turned.log_prob(y), straight.log_prob(y))
     z = ours.base.rsample(normal(30, 3, seed=4))
-    log_det = torch.stack([
-        jacobian(lambda row, given=given: layers(given[None]).forward(row[None])[0][0], one).det().abs().log()
-        for given, one in zip(features, z.detach(), strict=True)
-    ])
+    log_det = torch.stack(
+        [
+            jacobian(lambda row, given=given: layers(given[None]).forward(row[None])[0][0], one).det().abs().log()
+            for given, one in zip(features, z.detach(), strict=True)
+        ]
+    )
     agree(ours.map.forward(z)[1], log_det, torch.zeros(30))
 
 

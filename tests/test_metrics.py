@@ -10,8 +10,8 @@ from torch.nn.functional import softplus
 from torch.testing import assert_close
 
 from svae_lib import metrics
-from svae_lib.data import grey
 from svae_lib.densities import BernoulliImage, DiagonalGaussian
+from svae_lib.levels import grey
 
 
 class BernoulliPixel(nn.Module):
@@ -55,8 +55,9 @@ def test_images_and_draws_are_batched_without_mixing_them(rows):
     exact = torch.tensor([-exact_log_p(x) for x in images.flatten().tolist()])
     assert_close(values, exact, rtol=0, atol=0.05)
     torch.manual_seed(1)
-    assert_close(metrics.importance_weighted_nll(Guess(), BernoulliPixel(), images[:1], 64, 64),
-                 one_by_one(images[:1], 64))
+    assert_close(
+        metrics.importance_weighted_nll(Guess(), BernoulliPixel(), images[:1], 64, 64), one_by_one(images[:1], 64)
+    )
 
 
 def one_by_one(image, samples):

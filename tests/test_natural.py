@@ -8,11 +8,12 @@ from torch import nn
 from torch.distributions import Normal
 from torch.testing import assert_close
 
-from svae_lib import data, experiment, metrics, natural
-from svae_lib.data import Cells, Dataset, Grey, Split
+from svae_lib import data, experiment, levels, metrics, natural
+from svae_lib.data import Dataset, Split
 from svae_lib.densities import DiagonalGaussian, Point
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
+from svae_lib.levels import Cells, Grey
 from svae_lib.methods import METHODS
 from svae_lib.models import Nets, build_model
 from svae_lib.settings import SETTINGS
@@ -138,8 +139,8 @@ def test_a_dequantised_level_stays_in_its_interval():
 
 
 def test_numbers_go_back_to_the_grey_that_they_came_from():
-    assert_close(Cells.back(Cells.see(LEVELS)), data.grey(LEVELS))
-    assert Grey.see is Grey.draw is data.grey and torch.equal(Grey.back(LEVELS), LEVELS)
+    assert_close(Cells.back(Cells.see(LEVELS)), levels.grey(LEVELS))
+    assert Grey.see is Grey.draw is levels.grey and torch.equal(Grey.back(LEVELS), LEVELS)
 
 
 class Fixed(nn.Module):

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from svae_lib import classifier, cli, data, evaluation, experiment, metrics, pretrained, records
+from svae_lib import classifier, cli, data, evaluation, experiment, levels, metrics, pretrained, records
 from svae_lib.device import choose_device
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
@@ -119,7 +119,7 @@ def test_a_run_that_is_kept_comes_back(run, capsys):
         close = torch.allclose(model.players.state_dict()[key], value, rtol=1e-3, atol=1e-6)
         assert close if value.dim() > 1 else torch.equal(model.players.state_dict()[key], value)
     images = data.load("digits").test.images
-    error = (model.reconstruct(images) - data.grey(images)).flatten(1).norm(dim=1).mean().item()
+    error = (model.reconstruct(images) - levels.grey(images)).flatten(1).norm(dim=1).mean().item()
     assert math.isclose(error, record["metrics"]["l2"]["value"], abs_tol=1e-3)
     samples = model.sample(3)
     assert samples.shape == (3, 1, 8, 8) and 0 <= samples.min() and samples.max() <= 1

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import svae_lib._torchvision  # noqa: F401  (before whatever imports torchvision)
-from svae_lib import classifier, cli, data, evaluation, metrics, quality, records
+from svae_lib import classifier, cli, data, evaluation, levels, metrics, quality, records
 from svae_lib.data import Dataset, Split
 from svae_lib.errors import UserError
 
@@ -156,7 +156,7 @@ def test_fewer_images_than_a_batch_are_one_batch(monkeypatch):
     assert len(patches.train) < classifier.BATCH
     monkeypatch.setitem(classifier.EPOCHS, "patches64", 2)
     trained = classifier.train_classifier(patches, CPU)
-    assert torch.isfinite(trained(data.grey(patches.test.images))).all()
+    assert torch.isfinite(trained(levels.grey(patches.test.images))).all()
 
 
 def test_the_command_trains_once_keeps_a_small_file_and_reports(small, tmp_path, capsys, monkeypatch):
@@ -206,7 +206,7 @@ def test_half_precision_costs_nothing(small):
     net = classifier.train_classifier(small, CPU)
     classifier.keep(net, small.name)
     kept = classifier.load_classifier(small, CPU)
-    x = data.grey(small.test.images)
+    x = levels.grey(small.test.images)
     assert_close(kept(x).exp(), net(x).exp(), rtol=0, atol=2e-3)
 
 
