@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 from matplotlib.transforms import offset_copy
 from torch import Tensor
 
@@ -181,3 +182,12 @@ def image_grid(ax: Axes, images: Tensor, columns: int, row_labels: Sequence[str]
     height = images.shape[2] + 1
     ax.set(xticks=[], yticks=[height * (row + 0.5) for row in range(len(row_labels))], yticklabels=row_labels)
     ax.tick_params(length=0)
+
+
+def log_scale(ax: Axes) -> None:
+    r"""A logarithmic horizontal axis with plain numbers on it, more of them the shorter it is."""
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8) if high < 20 * low else (1, 3)))
+    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_minor_locator(NullLocator())
