@@ -86,9 +86,9 @@ def test_a_measured_h200_takes_the_place_of_the_published_one(tmp_path):
 def test_runs_are_set_beside_the_prediction_for_their_own_device(tmp_path):
     for seed, seconds in enumerate((250.0, 500.0, 1_000.0)):
         write_run(tmp_path, seconds, seed)
-    assert cost_page.runs_table(tmp_path)["predicted"].tolist() == ["not run: `svae bench`"]
+    assert cost_page.runs_table(tmp_path)["predicted"].tolist() == ["no record of this device: `svae bench`"]
     write_bench(tmp_path, device="cpu, 8 threads")
-    assert cost_page.runs_table(tmp_path)["predicted"].tolist() == ["not run: `svae bench`"]
+    assert cost_page.runs_table(tmp_path)["predicted"].tolist() == ["no record of this device: `svae bench`"]
     write_bench(tmp_path)
     (row,) = cost_page.runs_table(tmp_path).to_dict("records")
     assert (row["runs"], row["ms an update"], row["fastest"], row["slowest"]) == (3, "200", "100", "400")

@@ -86,14 +86,18 @@ def kept():
     return found
 
 
+def lines_of(rows):
+    return [line for cell in (rows["command"] if len(rows) else ()) for line in cell.splitlines()]
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_the_printed_commands_repeat_the_records(name, kept, monkeypatch):
     monkeypatch.setattr(records, "read_all", lambda dataset, folder: kept[dataset])
     wanted, found = set(), set()
     for dataset, runs in kept.items():
         wanted |= {record["name"] for record in runs if record["experiment"]["method"] == name}
-        rows = method_pages.measured(name, dataset)
-        found |= {e.name for line in (rows["command"] if len(rows) else ()) for e in commanded(line)}
+        rows = method_pages.rows_of(name, dataset)
+        found |= {e.name for line in lines_of(rows) for e in commanded(line)}
     assert found == wanted
 
 
@@ -104,15 +108,15 @@ def test_a_deleted_record_is_not_run(tmp_path):
         measured = {"modes": {"value": modes, "se": 0.0, "n": 1}}
         shared = {"status": "done", "seconds": 60.0, "changes": e.changes, "experiment": e.flat()}
         paths.append(records.write(tmp_path, {"name": e.name, "metrics": measured} | shared))
-    row = method_pages.measured("svae", "ring8", tmp_path).iloc[0]
+    row = method_pages.rows_of("svae", "ring8", tmp_path).iloc[0]
     assert (row["modes"], row["seeds"], row["command"]) == (
         "7.0 ± 1.4", 2, "svae run ring8 svae --profile cpu --seed 0-1",
     )  # fmt: skip
     paths[0].unlink()
-    row = method_pages.measured("svae", "ring8", tmp_path).iloc[0]
+    row = method_pages.rows_of("svae", "ring8", tmp_path).iloc[0]
     assert (row["modes"], row["command"]) == ("8.0", "svae run ring8 svae --profile cpu --seed 1")
     paths[1].unlink()
-    assert method_pages.measured("svae", "ring8", tmp_path).empty
+    assert method_pages.rows_of("svae", "ring8", tmp_path).empty
 
 
 def test_a_diverged_run_is_said_to_be_one(tmp_path):
@@ -120,7 +124,7 @@ def test_a_diverged_run_is_said_to_be_one(tmp_path):
         e = Experiment.make("ring8", method, "cpu")
         shared = {"name": e.name, "seconds": 60.0, "changes": e.changes, "experiment": e.flat()}
         records.write(tmp_path, shared | {"metrics": {"modes": {"value": 8.0, "se": 0.0, "n": 1}}} | outcome)
-    row = method_pages.measured("svae", "ring8", tmp_path).iloc[0]
+    row = method_pages.rows_of("svae", "ring8", tmp_path).iloc[0]
     assert row["modes"] == row["high quality"] == "diverged" and "score" not in row
 
 

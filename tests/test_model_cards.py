@@ -74,8 +74,8 @@ def test_places_and_weaknesses_are_counted_among_the_finished_runs():
     assert model_cards.weakness(runs[2], runs).endswith("RMSE, L2 (3 of 3), score (3 of 3)")
     few = record(0.5, 8, n=300)  # real images of another number
     assert model_cards.weakness(few, runs) == "no metric is worse than in most runs of its data set"
-    assert model_cards.measured(few, runs)[1][3] == "9.80 (n = 300)"
-    assert model_cards.measured(runs[0], runs) == [
+    assert model_cards.metric_rows(few, runs)[1][3] == "9.80 (n = 300)"
+    assert model_cards.metric_rows(runs[0], runs) == [
         ["RMSE, L2", "1.00 ± 0.10", "5", "–", "1 of 3"], ["score", "5.00 ± 0.10", "5", "9.80", "2 of 3"],
     ]  # fmt: skip
 

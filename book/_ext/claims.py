@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 
 from docutils import nodes
+from pages import SAFE, Cell, Directive
 from sphinx import addnodes
 from sphinx.application import Sphinx
-from sphinx.util.docutils import SphinxDirective
 
 from svae_lib import verify
 
@@ -22,16 +22,6 @@ def link(text: str, label: str) -> addnodes.pending_xref:
     return addnodes.pending_xref("", nodes.inline("", text), **kind)
 
 
-class Directive(SphinxDirective):
-    def anchor(self, label: str) -> nodes.target:
-        node = nodes.target("", "", ids=[label], names=[label])
-        self.state.document.note_explicit_target(node)
-        return node
-
-    def parsed(self, text: str) -> list[nodes.Node]:
-        return self.state.inline_text(text, self.lineno)[0] if text else []
-
-
 class Claims(Directive):
     r"""The ledger: equation, its name and status, its proofs and what they observed, its functions."""
 
@@ -39,30 +29,20 @@ class Claims(Directive):
         root = Path(self.env.srcdir)
         self.env.note_dependency(str(root / "book" / "claims.json"))
         claims = verify.ledger(verify.read(root / "book"), root)
-        table, group = nodes.table(classes=["claims"]), nodes.tgroup(cols=4)
-        group += [nodes.colspec(colwidth=width) for width in (6, 24, 45, 25)]
         heads = ("equation", "in words", "proofs, and the worst error they observed", "code")
-        group += nodes.thead("", self.row([nodes.paragraph("", head)] for head in heads))
-        group += nodes.tbody("", *(self.row(self.cells(claim)) for claim in claims))
-        table += group
-        return [table]
+        return [self.table(heads, [self.cells(claim) for claim in claims], "claims", (6, 24, 45, 25))]
 
-    def row(self, cells) -> nodes.row:
-        return nodes.row("", *(nodes.entry("", *cell) for cell in cells))
-
-    def cells(self, claim: verify.Claim) -> list[list[nodes.Node]]:
-        number = [self.anchor(f"claim-{claim.equation.lower()}")]
-        number += [nodes.paragraph("", "", *self.parsed(f"{{eq}}`{claim.equation}`"))]
-        name = self.parsed(claim.name)
-        if claim.status != "holds":
-            name += [nodes.Text(" "), nodes.strong("", claim.status)]
+    def cells(self, claim: verify.Claim) -> list[Cell]:
+        number = [
+            self.place(nodes.target(), f"claim-{claim.equation.lower()}"),
+            self.paragraph(f"{{eq}}`{claim.equation}`"),
+        ]
+        words = claim.name if claim.status == "holds" else f"{claim.name} **{claim.status}**"
         listed = nodes.bullet_list()
         for proof in claim.proofs:
             listed += nodes.list_item("", nodes.paragraph("", "", link(proof.title, proof.anchor)))
         shown = (f"{{py:obj}}`{name.removeprefix('svae_lib.')} <{name}>`" for name in claim.functions)
-        code = self.parsed(", ".join(shown))
-        evidence = [nodes.paragraph("", claim.evidence), listed]
-        return [number, [nodes.paragraph("", "", *name)], evidence, [nodes.paragraph("", "", *code)]]
+        return [number, words, [nodes.paragraph("", claim.evidence), listed], ", ".join(shown)]
 
 
 class Proofs(Directive):
@@ -88,11 +68,14 @@ class Proofs(Directive):
     def heading(self, proof: verify.Proof) -> list[nodes.Node]:
         rows = [link(number, f"claim-{number.lower()}") for number in proof.equations]
         parts = [part for row in rows for part in (row, nodes.Text(" · "))]
-        return [self.anchor(proof.anchor), nodes.paragraph("", "", *parts, nodes.Text(proof.title), classes=["proof"])]
+        return [
+            self.place(nodes.target(), proof.anchor),
+            nodes.paragraph("", "", *parts, nodes.Text(proof.title), classes=["proof"]),
+        ]
 
     def code(self, lines: list[str]) -> list[nodes.Node]:
         text = "".join(lines).strip("\n")
-        return [nodes.literal_block(text, text, language="python")] if text else []
+        return [self.block(text, "python")] if text else []
 
 
 def link_equations(app: Sphinx, document: nodes.document) -> None:
@@ -107,4 +90,4 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("claims", Claims)
     app.add_directive("proofs", Proofs)
     app.connect("doctree-read", link_equations)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+    return SAFE

@@ -12,16 +12,17 @@ from pathlib import Path
 
 import pandas as pd
 from docutils import nodes
-from method_pages import Directive
+from pages import SAFE, Directive
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
 from svae_lib import bench, costs, records, schedule
 from svae_lib.costs import Cost, Machine
 from svae_lib.experiment import Experiment
+from svae_lib.settings import PROFILES
 
 METHOD = "svae-r"
-UPDATES = 200_000  # of the profile `paper`
+UPDATES = PROFILES["images"]["paper"]["updates"]
 NOT_RUN = "not run: `svae bench`"
 
 
@@ -133,7 +134,7 @@ def predicted_table(folder: Path) -> pd.DataFrame:
                 "epoch": duration(updates * prediction.seconds),
                 f"{UPDATES:,} updates": duration(UPDATES * prediction.seconds),
                 "limited by": share(prediction),
-                "measured update": measured(record, measured_update(record, machine, cost)),
+                "measured update": time_cell(record, measured_update(record, machine, cost)),
             })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -146,7 +147,7 @@ def measured_update(record: records.Record | None, machine: Machine, cost: Cost)
     return next((row["measured"]["engine"] for row in record["rows"] if row["name"] == wanted), None)
 
 
-def measured(record: records.Record | None, seconds: float | None) -> str:
+def time_cell(record: records.Record | None, seconds: float | None) -> str:
     r"""A measured time as a cell."""
     return duration(seconds) if seconds else "predicted, not measured" if record is None else "–"
 
@@ -164,7 +165,7 @@ def papers_table(folder: Path) -> pd.DataFrame:
             cells += (duration(epoch), f"{duration(12 * epoch)} for 12 epochs")
             update = measured_update(record, machine, cost)
             cells += (duration(costs.predict(cost.image, machine).seconds),)
-            cells += (measured(record, update and update * costs.IMAGES["imagenet64"] / batch),)
+            cells += (time_cell(record, update and update * costs.IMAGES["imagenet64"] / batch),)
             rows.append(dict(zip(heads, cells, strict=True)))
     return pd.DataFrame(rows)
 
@@ -177,7 +178,7 @@ def of_imagenet(batch: int) -> list[Cost]:
 
 
 def runs_table(folder: Path, dataset: str = "mnist") -> pd.DataFrame:
-    r"""Seconds per update of the papers' own methods, beside the prediction for the machine that a record names."""
+    r"""Seconds per update of the papers' own methods, beside the prediction for the machine of that description."""
     known = {machine.name: machine for machine, _, record in machines(folder) if record is not None}
     groups: dict[tuple[str, str, str], list[records.Record]] = {}
     for record in records.read_all(dataset, folder):
@@ -190,7 +191,7 @@ def runs_table(folder: Path, dataset: str = "mnist") -> pd.DataFrame:
         machine, paces = known.get(device), f"{1e3 * statistics.median(seconds):.0f}"
         row = {"method": method, "setting": setting, "device": device, "runs": len(runs), "ms an update": paces}
         row |= {"fastest": f"{1e3 * min(seconds):.0f}", "slowest": f"{1e3 * max(seconds):.0f}"}
-        row |= {"predicted": NOT_RUN, "measured ÷ predicted": "–"}
+        row |= {"predicted": "no record of this device: `svae bench`", "measured ÷ predicted": "–"}
         if machine is not None:
             expected = costs.predict(update_of(runs[0]), machine).seconds
             row["predicted"] = f"{1e3 * expected:.0f}"
@@ -201,8 +202,9 @@ def runs_table(folder: Path, dataset: str = "mnist") -> pd.DataFrame:
 
 def update_of(record: records.Record) -> list[costs.Operator]:
     r"""The operators of an update of a recorded run."""
-    e = record["experiment"]
-    made = Experiment.make(e["dataset"], e["method"], e["profile"], e["setting"])
+    e, imitated = record["experiment"], "no bf16" in record["environment"]["device"]  # then it trained in fp32
+    changes = {"precision": "fp32"} if imitated else {}
+    made = Experiment.make(e["dataset"], e["method"], e["profile"], e["setting"], **changes)
     return costs.cost(made, costs.SHAPES[e["dataset"]]).update
 
 
@@ -225,17 +227,17 @@ class CostTable(Directive):
     TABLES = {"machines": machines_table, "predicted": predicted_table, "papers": papers_table, "runs": runs_table}
 
     def run(self) -> list[nodes.Node]:
-        name, folder = self.arguments[0], Path(self.env.srcdir) / "results"
+        name = self.arguments[0]
         self.env.metadata[self.env.docname]["cost"] = "yes"  # for `outdated`
         if name == "nets":
             return [self.shown(nets_table())]
         if name == "bench":
-            found = bench_records(folder)
+            found = bench_records(self.results)
             made = [node for record in found for node in self.of(record)]
             return made or [self.paragraph(NOT_RUN)]
         if name not in self.TABLES:
             raise self.error(f"there is no table '{name}'; choose nets, bench or one of: {', '.join(self.TABLES)}")
-        found = self.TABLES[name](folder)
+        found = self.TABLES[name](self.results)
         return [self.shown(found) if len(found) else self.paragraph("not run: `svae grid --only mnist`")]
 
     def of(self, record: records.Record) -> list[nodes.Node]:
@@ -245,15 +247,14 @@ class CostTable(Directive):
                 self.shown(bench_table(record))]  # fmt: skip
 
     def shown(self, found: pd.DataFrame) -> nodes.table:
-        return self.table(list(found.columns), found.astype(str).values.tolist(), ["measured"])
+        return self.table(list(found.columns), found.astype(str).values.tolist(), "measured")
 
 
 def fingerprint(folder: Path) -> str:
-    r"""Changes when the page may: with the library, the records of `svae bench`, and the names of the run records."""
+    r"""Changes when the page may: with the library, and the records of `svae bench` and of the runs."""
     library = sorted(Path(costs.__file__).parent.glob("*.py"))
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in [*library, *sorted(folder.glob("bench-*.json"))]))
-    digest.update("".join(path.name for path in sorted(folder.glob("*/*.json"))).encode())
-    return digest.hexdigest()
+    found = (*sorted(folder.glob("bench-*.json")), *sorted(folder.glob("*/*.json")))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in (*library, *found))).hexdigest()
 
 
 def outdated(app: Sphinx, env: BuildEnvironment, *_: set[str]) -> list[str]:
@@ -265,4 +266,4 @@ def outdated(app: Sphinx, env: BuildEnvironment, *_: set[str]) -> list[str]:
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("env-get-outdated", outdated)
     app.add_directive("cost", CostTable)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+    return SAFE

@@ -7,14 +7,14 @@ r"""The pages of methods: what the registry, the library's source and the run re
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
 from docutils import nodes
+from pages import SAFE, Directive
 from sphinx.application import Sphinx
-from sphinx.util.docutils import SphinxDirective
 
 from svae_lib import gans, objectives, records
 from svae_lib.draws import Method, lrt
@@ -22,7 +22,8 @@ from svae_lib.methods import METHODS
 from svae_lib.mixtures import MIXTURES
 from svae_lib.verify import NUMBER
 
-DATASETS = ("ring8", "grid25", "mnist", "cifar10")  # for which every method has its cells
+DATASETS = ("ring8", "grid25", "mnist", "cifar10")  # of which every method says what it did, or "not run"
+OTHERS = ("stacked_digits", "tiny_imagenet")  # named where there are records
 ENCODERS = {
     "gaussian": "Gaussian", "planar": "planar flow", "iaf": "inverse autoregressive flow",
     "implicit": "draws without a density",
@@ -107,16 +108,18 @@ def facts(method: Method) -> dict[str, str]:
     return {name: text for name, text in found.items() if text}
 
 
-def command(dataset: str, method: str, setting: str, profile: str, seeds: list[int]) -> str:
+def command(dataset: str, method: str, setting: str, profile: str, seeds: Sequence[int]) -> str:
     r"""What repeats the runs of one row of `records.our_rows`."""
     setting, *changes = setting.split()
     parts = [f"svae run {dataset} {method} --profile {profile}", *(f"--set {change}" for change in changes)]
     parts += [f"--setting {setting}"] if setting != "literal" else []
     first, last = min(seeds), max(seeds)
-    return " ".join([*parts, f"--seed {first}-{last}" if last > first else f"--seed {first}"])
+    in_a_row = 1 < len(seeds) == last - first + 1
+    said = [f"{first}-{last}"] if in_a_row else sorted(seeds)
+    return "\n".join(" ".join([*parts, f"--seed {seed}"]) for seed in said)
 
 
-def measured(method: str, dataset: str, folder: Path | None = None) -> pd.DataFrame:
+def rows_of(method: str, dataset: str, folder: Path | None = None) -> pd.DataFrame:
     r"""The records of a method on a dataset, one row a setting, each with the command that repeats it."""
     rows = records.our_rows(dataset, folder)
     rows = rows[rows["method"] == method] if len(rows) else rows
@@ -131,28 +134,6 @@ def measured(method: str, dataset: str, folder: Path | None = None) -> pd.DataFr
     return rows[["setting", "profile", "seeds", *shown, "minutes", "command"]]
 
 
-class Directive(SphinxDirective):
-    def parsed(self, text: str) -> list[nodes.Node]:
-        return self.state.inline_text(text, self.lineno)[0] if text else []
-
-    def paragraph(self, text: str, **attributes) -> nodes.paragraph:
-        return nodes.paragraph("", "", *self.parsed(text), **attributes)
-
-    def block(self, text: str, language: str) -> nodes.literal_block:
-        return nodes.literal_block(text, text, language=language)
-
-    def table(self, heads: list[str], rows: list[list[str]], classes: list[str]) -> nodes.table:
-        table, group = nodes.table(classes=classes), nodes.tgroup(cols=len(heads))
-        group += [nodes.colspec(colwidth=1) for _ in heads]
-        group += nodes.thead("", self.row(heads))
-        group += nodes.tbody("", *map(self.row, rows))
-        table += group
-        return table
-
-    def row(self, cells: list[str]) -> nodes.row:
-        return nodes.row("", *(nodes.entry("", self.paragraph(str(cell))) for cell in cells))
-
-
 class MethodSection(Directive):
     r"""Summary, prose, facts, lines, records."""
 
@@ -163,33 +144,27 @@ class MethodSection(Directive):
         name = self.arguments[0]
         if name not in METHODS:
             raise self.error(f"there is no method '{name}'; svae methods lists them")
-        method, label = METHODS[name], f"method-{name}"
-        section = nodes.section(ids=[label], names=[label])
-        self.state.document.note_explicit_target(section)
-        section += [nodes.title("", name), self.paragraph(method.summary[0].upper() + method.summary[1:] + ".")]
+        method = METHODS[name]
+        section = self.section(f"method-{name}", name)
+        section += self.paragraph(method.summary[0].upper() + method.summary[1:] + ".")
         self.state.nested_parse(self.content, self.content_offset, section)
-        section += self.facts(method)
+        section += self.facts(facts(method))
         section += self.block(code(method), "python")
-        for dataset in DATASETS:
+        for dataset in (*DATASETS, *OTHERS):
             if ("points" if dataset in MIXTURES else "images") in method.data:
-                section += self.results(name, dataset)
+                section += self.measured(name, dataset)
         return [section]
 
-    def facts(self, method: Method) -> nodes.field_list:
-        listed = nodes.field_list(classes=["facts"])
-        for name, text in facts(method).items():
-            listed += nodes.field("", nodes.field_name("", name), nodes.field_body("", self.paragraph(text)))
-        return listed
-
-    def results(self, name: str, dataset: str) -> list[nodes.Node]:
-        folder = Path(self.env.srcdir) / "results"
+    def measured(self, name: str, dataset: str) -> list[nodes.Node]:
         self.env.note_reread()  # a record may have come or gone
-        found = measured(name, dataset, folder)
+        found = rows_of(name, dataset, self.results)
         if not len(found):
+            if dataset in OTHERS:
+                return []
             asked = command(dataset, name, "literal", "cpu", range(10 if dataset in MIXTURES else 1))
             return [self.paragraph(f"**{dataset}**: not run; `{asked}`")]
         *heads, _ = found.columns
-        table = self.table(heads, found[heads].values.tolist(), ["measured"])
+        table = self.table(heads, found[heads].values.tolist(), "measured")
         return [self.paragraph(f"**{dataset}**"), table, self.block("\n".join(found["command"]), "text")]
 
 
@@ -202,7 +177,7 @@ class MethodList(Directive):
             link = f"{{ref}}`{method.name} <method-{method.name}>`"
             critic = equations(method.critic_equation) if method.critic else "–"
             rows.append([link, method.summary, critic, equations(method.player_equation)])
-        return [self.table(["method", "in words", "critic", "players"], rows, ["methods"])]
+        return [self.table(["method", "in words", "critic", "players"], rows, "methods")]
 
 
 class Lines(Directive):
@@ -226,4 +201,4 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("method-section", MethodSection)
     app.add_directive("methods", MethodList)
     app.add_directive("lines", Lines)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+    return SAFE

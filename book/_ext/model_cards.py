@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from docutils import nodes
-from method_pages import Directive
+from pages import SAFE, Directive
 from sphinx.application import Sphinx
 
 from svae_lib import pretrained, records
@@ -40,7 +40,7 @@ def place(metric: str, value: float, others: list[records.Record]) -> tuple[int,
     return 1 + sum(sign * other < sign * value for other in values), len(values)
 
 
-def measured(record: records.Record, others: list[records.Record]) -> list[list[str]]:
+def metric_rows(record: records.Record, others: list[records.Record]) -> list[list[str]]:
     r"""Rows of metric, value ± standard error, n, real test data, place among the runs of its data set."""
     rows = []
     for metric, (heading, decimals) in records.columns(record["experiment"]["dataset"]).items():
@@ -104,30 +104,23 @@ class ModelCards(Directive):
     r"""One section for each kept model."""
 
     def run(self) -> list[nodes.Node]:
-        folder = Path(self.env.srcdir) / "results"
         self.env.note_reread()  # a model or a record may have come or gone
-        cards = [self.card(name, folder) for name in pretrained.names(folder)]
+        cards = [self.card(name, self.results) for name in pretrained.names(self.results)]
         return cards or [self.paragraph("No model is kept; `svae keep NAME` keeps that of a finished run.")]
 
     def card(self, name: str, folder: Path) -> nodes.section:
         model, dataset = pretrained.load(name, folder, "cpu"), name.partition("-")[0]
         record = records.read(folder, dataset, name)
         others = [other for other in records.read_all(dataset, folder) if other["status"] == "done"]
-        label = f"model-{name}".replace("_", "-")
-        section = nodes.section(ids=[label], names=[label])
-        self.state.document.note_explicit_target(section)
-        section += nodes.title("", name)
+        section = self.section(f"model-{name}".replace("_", "-"), name)
         picture = folder / dataset / f"{name}.samples.png"
         if picture.exists():
             alt = f"64 samples of the model {name}, eight in a row."
             section += nodes.image(uri=f"/results/{dataset}/{picture.name}", alt=alt, width="40%")
-        listed = nodes.field_list(classes=["facts"])
-        for key, text in facts(model, pretrained.path(name, folder).stat().st_size, record, others).items():
-            listed += nodes.field("", nodes.field_name("", key), nodes.field_body("", self.paragraph(text)))
-        section += listed
+        section += self.facts(facts(model, pretrained.path(name, folder).stat().st_size, record, others))
         if record is not None:
             heads = ["metric", "value", "n", "real test data", "place among the runs"]
-            section += self.table(heads, measured(record, others), ["measured"])
+            section += self.table(heads, metric_rows(record, others), "measured")
         else:
             section += self.paragraph("Metrics: not run; the record of this model is missing.")
         lines = ["from svae_lib import pretrained", f'model = pretrained.load("{name}")', "images = model.sample(16)"]
@@ -137,4 +130,4 @@ class ModelCards(Directive):
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("model-cards", ModelCards)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+    return SAFE

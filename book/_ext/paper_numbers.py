@@ -7,10 +7,13 @@ but only once the environment is saved: the next build compares its count with w
 
 import re
 
+from pages import SAFE
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
-PAPER_EQUATION = re.compile(r"equation-([sa]\d+)")  # node ids are lower case
+from svae_lib.verify import NUMBER
+
+PAPER_EQUATION = re.compile(rf"equation-({NUMBER})", re.IGNORECASE)  # node ids are lower case
 
 
 def number_equations(app: Sphinx, env: BuildEnvironment) -> None:
@@ -27,4 +30,4 @@ def number_equations(app: Sphinx, env: BuildEnvironment) -> None:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("env-check-consistency", number_equations)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+    return SAFE

@@ -5,6 +5,7 @@ Signatures name types without their modules.
 
 import re
 
+from pages import SAFE
 from sphinx.application import Sphinx
 
 from svae_lib.verify import CITED, NUMBER
@@ -38,4 +39,4 @@ def short_names(
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", plain_text)
     app.connect("autodoc-process-signature", short_names)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+    return SAFE
