@@ -67,3 +67,14 @@ def test_supports_draws_one_panel_per_world(n: int) -> None:
     figure.canvas.draw()
     titles = [ax.get_title("left") for panel in figure.subfigs for ax in panel.axes]
     assert [t for t in titles if t] == [f"world {k}" for k in range(n)]
+
+
+@pytest.mark.parametrize(("ends", "numbers"), [((100, 450), "100 150 200 300 400"), ((7, 400), "10 30 100 300")])
+def test_a_logarithmic_axis_has_plain_numbers(ends: tuple[float, float], numbers: str) -> None:
+    figure, ax = plt.subplots()
+    ax.plot(ends, (0, 1))
+    plots.log_scale(ax)
+    figure.canvas.draw()
+    low, high = ends
+    shown = [label.get_text() for label in ax.get_xticklabels() if low <= label.get_position()[0] <= high]
+    assert shown == numbers.split()
