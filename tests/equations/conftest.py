@@ -2,6 +2,7 @@
 
 import proof
 import pytest
+from torch.distributions import Distribution
 
 from svae_lib.verify import Proof
 
@@ -12,6 +13,14 @@ def pytest_runtest_call(item):
     silent = Proof("", item.name).equations and not proof.OBSERVED
     assert not silent, "a proof of an equation makes at least one of the statements of proof.py: the ledger shows these"
     return result
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """Thousands of small Gaussians: their arguments need not be validated each time."""
+    Distribution.set_default_validate_args(False)
+    yield
+    Distribution.set_default_validate_args(True)
 
 
 @pytest.fixture(autouse=True)
