@@ -27,11 +27,13 @@ html_theme = "basic"
 """
 
 
-@pytest.fixture(autouse=True)
-def two_nets(monkeypatch):
-    monkeypatch.setattr(costs, "ARCHITECTURES", ("a1", "a3"))
+@pytest.fixture(autouse=True, scope="module")
+def two_nets():
+    """Counted once for all tests."""
     cost_page.counted.cache_clear()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "ARCHITECTURES", ("a1", "a3"))
+        yield
     cost_page.counted.cache_clear()
 
 

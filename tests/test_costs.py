@@ -97,8 +97,9 @@ def test_nets_that_do_not_exist_are_refused():
         costs.cost(Experiment.make("mnist", "vae"), (1, 9, 9))
 
 
-def test_every_architecture_has_its_costs():
+def test_every_architecture_has_its_costs(monkeypatch):
     """Of a method that all of them serve; those of the authors draw only, and have no VAE."""
+    monkeypatch.setattr(costs, "SHAPES", {"mnist": (1, 8, 8), "cifar10": (3, 16, 16), "imagenet64": (3, 16, 16)})
     found = {(cost.experiment.nets.architecture, cost.dataset) for cost in costs.all_costs("svae-r")}
     assert {architecture for architecture, _ in found} == set(models.ARCHITECTURES)
     assert ("a1", "mnist") in found and ("a1", "cifar10") not in found and ("dcgan", "imagenet64") in found
@@ -114,13 +115,3 @@ def test_the_time_of_a_toy_is_the_sum_of_what_bounds_each_operator():
     assert costs.predict([half], TOY).seconds == 2  # ten times the rate: the overhead binds
     assert costs.predict([half], Machine("old", 100.0, None, 10.0, 2.0)).seconds == 10
     assert costs.predict([], TOY).seconds == 0
-
-
-def test_no_published_machine_beats_itself():
-    """A prediction is never below total FLOPs over the peak, or total bytes over the bandwidth."""
-    cost = costs.cost(Experiment.make("mnist", "svae-r"), (1, 28, 28))
-    for machine in (*costs.PUBLISHED, *costs.PAPERS_CARDS):
-        seconds = costs.predict(cost.update, machine).seconds
-        assert seconds >= cost.batch * cost.flops / machine.fp32
-        assert seconds >= cost.batch * cost.bytes / machine.bandwidth
-        assert seconds >= len(cost.update) * machine.overhead

@@ -62,9 +62,8 @@ def test_the_grid_begins_with_the_main_rows_and_repeats_nothing():
     assert {len(run.experiments) for run in together} == {10}
 
 
-@pytest.mark.parametrize("profile", ["quick", "paper"])
-def test_the_command_of_every_run_makes_its_experiments(profile):
-    for run in schedule.runs(profile):
+def test_the_command_of_every_run_makes_its_experiments():
+    for run in schedule.runs():
         args = cli.parser().parse_args(run.arguments)
         changes = dict(map(commands.pair_of, args.set))
         make = Experiment.make
@@ -72,7 +71,8 @@ def test_the_command_of_every_run_makes_its_experiments(profile):
         assert run.experiments == tuple(again), run.arguments
 
 
-def test_one_dataset_can_be_chosen():
+def test_one_dataset_can_be_chosen(monkeypatch):
+    monkeypatch.setattr(schedule, "GRID", (Block(("mnist", "grid25"), ("vae",)), Block(("ring8",), ("vae",))))
     assert {run.experiments[0].dataset for run in schedule.runs(only="grid25")} == {"grid25"}
     with pytest.raises(UserError, match="no run of the grid is on 'imagenet64'; choose one of: mnist"):
         schedule.runs(only="imagenet64")
@@ -120,33 +120,53 @@ def test_nothing_is_started_that_would_not_end_in_time(tmp_path, started):
     assert started[1:] == [chosen[0].name, chosen[1].name]
 
 
-def test_what_still_runs_when_the_time_is_up_is_stopped(tmp_path, monkeypatch):
+class Clock:
+    """Time that passes only where the grid waits."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def endless(monkeypatch):
+    """Runs that never end, on a clock of their own. Returns the list of their processes."""
+    processes, popen = [], subprocess.Popen
+    monkeypatch.setattr(schedule, "time", Clock())
     monkeypatch.setattr(schedule, "command", lambda *_: [*PYTHON, "import time; time.sleep(60)"])
+    monkeypatch.setattr(schedule.subprocess, "Popen", lambda *a, **k: processes.append(popen(*a, **k)) or processes[-1])
+    return processes
+
+
+def test_what_still_runs_when_the_time_is_up_is_stopped(tmp_path, endless):
     (run,), said = runs_of(("ring8", "vae")), []
-    start = time.monotonic()
-    assert schedule.work([run], tmp_path, minutes=0.01, say=said.append) == {}
-    assert time.monotonic() - start < 10 and said[-1] == f"stopped {run.name}, to be resumed"
+    assert schedule.work([run], tmp_path, minutes=5, say=said.append) == {}
+    assert schedule.time.now == pytest.approx(300) and said[-1] == f"stopped {run.name}, to be resumed"
+    assert [process.wait(5) < 0 for process in endless] == [True]
 
 
-def test_runs_are_stopped_though_nobody_listens(tmp_path, monkeypatch):
-    started, popen = [], subprocess.Popen
-    monkeypatch.setattr(schedule, "command", lambda *_: [*PYTHON, "import time; time.sleep(60)"])
-    monkeypatch.setattr(schedule.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
-
+def test_runs_are_stopped_though_nobody_listens(tmp_path, endless):
     def say(text):
         if text.startswith("stopped"):
             raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError):
-        schedule.work(runs_of(("ring8", "vae"), ("ring8", "svae")), tmp_path, minutes=0.01, jobs=2, say=say)
-    assert len(started) == 2 and all(process.wait(5) < 0 for process in started)
+        schedule.work(runs_of(("ring8", "vae"), ("ring8", "svae")), tmp_path, minutes=5, jobs=2, say=say)
+    assert [process.wait(5) < 0 for process in endless] == [True, True]
 
 
-def test_a_killed_grid_takes_its_runs_with_it(tmp_path):
+def test_a_killed_grid_takes_its_runs_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(schedule, "GRID", (Block(("ring8",), ("vae",)),))
     child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     grid = f"""
 import sys
 from svae_lib import cli, schedule
+schedule.GRID = (schedule.Block(("ring8",), ("vae",)),)
 schedule.command = lambda *_: [sys.executable, "-S", "-c", {child!r}]
 sys.exit(cli.main(["grid", "--profile", "quick", "--results", {str(tmp_path)!r}]))
 """
