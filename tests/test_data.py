@@ -74,20 +74,28 @@ def test_missing_mnist(tmp_path, monkeypatch):
         data.load("mnist")
 
 
-@needs_mnist
-@pytest.mark.parametrize("fault, message", [("truncated", "cannot be unpacked"), ("altered", "wrong checksum")])
-def test_damaged_mnist(tmp_path, monkeypatch, fault, message):
-    source, target = data.root() / "MNIST" / "raw", tmp_path / "MNIST" / "raw"
-    target.mkdir(parents=True)
+@pytest.fixture
+def small_mnist(tmp_path, monkeypatch):
+    """MNIST's layout with three images to a file, and checksums that fit."""
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
     for name in data.MNIST_MD5:
-        plain = source / name
-        content = plain.read_bytes() if plain.exists() else gzip.decompress((source / f"{name}.gz").read_bytes())
-        (target / f"{name}.gz").write_bytes(gzip.compress(content, 1))
-    victim = target / "t10k-labels-idx1-ubyte.gz"
-    content = victim.read_bytes()
-    bad = content[:100] if fault == "truncated" else gzip.compress(gzip.decompress(content)[:-1] + b"\xff")
-    victim.write_bytes(bad)
+        sizes = (3, 28, 28) if "images" in name else (3,)
+        values = (np.arange(np.prod(sizes)) % 10).astype(np.uint8)
+        content = bytes([0, 0, 8, len(sizes)]) + np.array(sizes, ">i4").tobytes() + values.tobytes()
+        (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+        monkeypatch.setitem(data.MNIST_MD5, name, hashlib.md5(content).hexdigest())
     monkeypatch.setenv("SVAE_DATA", str(tmp_path))
+    return folder
+
+
+@pytest.mark.parametrize("fault, message", [("truncated", "cannot be unpacked"), ("altered", "wrong checksum")])
+def test_damaged_mnist(small_mnist, fault, message):
+    assert data.load("mnist").test.labels.tolist() == [0, 1, 2]
+    victim = small_mnist / "t10k-labels-idx1-ubyte.gz"
+    content = victim.read_bytes()
+    bad = content[:-9] if fault == "truncated" else gzip.compress(gzip.decompress(content)[:-1] + b"\xff")
+    victim.write_bytes(bad)
     with pytest.raises(UserError, match=message):
         data.load("mnist")
     assert victim.read_bytes() == bad, "a damaged file is reported, not touched"

@@ -1,7 +1,7 @@
 r"""Our functions against other people's implementations, on the same tensors, to a relative 1e-5.
 
-pyro has the planar flow, torchmetrics the inception score and a kernel distance, zuko the coupling and autoregressive
-flows, scikit-learn mixtures of Gaussians, pythae the losses of VAE, IWAE and WAE. What is not installed is skipped.
+pyro has the planar flow, torchmetrics the inception score, zuko the coupling and autoregressive flows, scikit-learn
+mixtures of Gaussians, pythae the losses of VAE, IWAE and WAE. What is not installed is skipped.
 pythae is not among the requirements: it brings `dataclasses` 0.6, a copy of a module that Python has had since 3.7,
 and image readers that nothing here needs. `pip install --no-deps pythae` and `pip install imageio pydantic` suffice.
 Each comparison is repeated with a deliberately wrong variant, which must not agree.
@@ -216,7 +216,7 @@ def test_inverse_autoregressive_density_is_zukos_flow_turned_round():
     agree(ours.map.forward(z)[1], log_det, torch.zeros(30))
 
 
-# torchmetrics: inception score, kernel distance -------------------------------------------------------
+# torchmetrics: inception score -------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:Metric .InceptionScore. will save")
@@ -234,17 +234,6 @@ def test_classifier_score_is_torchmetrics_inception_score(splits):
     more = metrics.classifier_score(lambda x: x.log_softmax(1), shuffled, 5 * splits)
     agree(ours["value"], value.double(), more["value"])
     agree(ours["se"], spread.double(), ours["se"] / math.sqrt(splits))
-
-
-def test_unbiased_kernel_distance_is_torchmetrics_kid():
-    kid = pytest.importorskip("torchmetrics.image.kid")
-    x_q, x_p = normal(40, 6), 0.5 + normal(40, 6, seed=1)
-
-    def cubic(a, b):
-        return (a @ b.mT / 6 + 1) ** 3
-
-    theirs = kid.poly_mmd(x_q, x_p)
-    agree(ipm.mmd2(x_q, x_p, cubic), theirs, ipm.mmd2(x_q, x_p))
 
 
 # scikit-learn: mixtures of Gaussians --------------------------------------------------------------------

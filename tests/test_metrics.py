@@ -51,9 +51,9 @@ def test_importance_weighted_bound_approaches_the_nll_from_above(x):
 def test_images_and_draws_are_batched_without_mixing_them(rows):
     images = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0]).view(-1, 1, 1, 1)
     torch.manual_seed(1)
-    values = metrics.importance_weighted_nll(Guess(), BernoulliPixel(), images, 4_000, rows)
+    values = metrics.importance_weighted_nll(Guess(), BernoulliPixel(), images, 400, rows)
     exact = torch.tensor([-exact_log_p(x) for x in images.flatten().tolist()])
-    assert_close(values, exact, rtol=0, atol=0.05)
+    assert_close(values, exact, rtol=0, atol=0.1)
     torch.manual_seed(1)
     assert_close(
         metrics.importance_weighted_nll(Guess(), BernoulliPixel(), images[:1], 64, 64), one_by_one(images[:1], 64)

@@ -66,7 +66,7 @@ def images(cell):
     return [out for out in cell.get("outputs", []) if any(kind.startswith("image/") for kind in out.get("data", {}))]
 
 
-@pytest.fixture(params=CHAPTERS, ids=lambda path: path.stem)
+@pytest.fixture(scope="module", params=CHAPTERS, ids=lambda path: path.stem)
 def notebook(request):
     found = nbformat.read(request.param, as_version=4)
     nbformat.validate(found)

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from svae_lib import methods
 from svae_lib.densities import standard_normal_log_prob
-from svae_lib.draws import Draws, Method, Model
+from svae_lib.draws import Draws, Model
 from svae_lib.exact import PHI, THETA, World, cubature, expected_log_prob, lattice
 from svae_lib.generators import halfway, jensen_shannon
 from svae_lib.grid import kl
@@ -381,12 +381,3 @@ def test_avb_critics_are_stationary_at_their_optimum(seed):
             other = climb(name, exact_draws(world, names=[wrong], eps=noise))
         same(slope, torch.zeros_like(slope))
         refuses(other, slope)
-
-
-def test_a_method_is_one_registration():
-    toy = Method("toy", "maximise f on decoder pairs", "S10", "–", lambda d: d.f_p.mean())
-    try:
-        methods.register(toy)
-        assert METHODS["toy"] is toy
-    finally:
-        del METHODS["toy"]
