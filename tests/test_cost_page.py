@@ -9,7 +9,6 @@ import pytest
 
 pytest.importorskip("sphinx")
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "book" / "_ext"))
 
 import cost_page  # noqa: E402
 

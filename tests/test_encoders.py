@@ -24,11 +24,6 @@ NEED_LOG_Q = (*NEED_Q, "vae")
 NEED_NONE = ("svae", "ali", "alice", "as-vae-r", "avb")
 
 
-@pytest.fixture(scope="module")
-def ring():
-    return data.load("ring8")
-
-
 def trainer(ring, method, **changes):
     sizes = {"hidden": 16, "critic_hidden": 16, "depth": 2, "flow_length": 3, "batch": 8, "updates": 1}
     return experiment.prepare(Experiment.make("ring8", method, **sizes | changes), ring, CPU)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from svae_lib import cli, data, evaluation, experiment, records, train
+from svae_lib import cli, evaluation, experiment, records, train
 from svae_lib.ensembles import alone
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
@@ -19,14 +19,7 @@ from svae_lib.methods import METHODS
 SMALL = ["--set", "updates=6", "--set", "batch=8", "--set", "score_samples=40", "--set", "iw_samples=4"]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """A cache of the tests' own, with an untrained classifier: its training is tested elsewhere."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    uniform = torch.full((10,), 0.1).log()
-    monkeypatch.setattr(evaluation, "load_classifier", lambda dataset, device: lambda x: uniform.expand(len(x), 10))
-    monkeypatch.setattr(evaluation, "accuracy", lambda net, split: 0.1)
+pytestmark = pytest.mark.usefixtures("own_cache", "no_classifier")
 
 
 def test_profile_then_setting_then_changes():
@@ -160,7 +153,7 @@ def test_of_runs_trained_together_only_the_one_that_diverged_says_so(tmp_path, m
     assert [found["status"] for found in experiment.run_together(made, "cpu", tmp_path)] == ["done", "diverged"]
 
 
-def test_the_record_and_the_draws_of_each_run_trained_together_are_its_own(tmp_path, monkeypatch):
+def test_the_record_and_the_draws_of_each_run_trained_together_are_its_own(ring, tmp_path, monkeypatch):
     fit = train.Trainer.fit
 
     def half_a_minute(trainer, *options):
@@ -168,7 +161,7 @@ def test_the_record_and_the_draws_of_each_run_trained_together_are_its_own(tmp_p
         trainer.seconds = 30.0
 
     monkeypatch.setattr(train.Trainer, "fit", half_a_minute)
-    made, ring = pair_of_runs(), data.load("ring8")
+    made = pair_of_runs()
     found = experiment.run_together(made, "cpu", tmp_path)
     trainer = experiment.prepare_together(made, ring, torch.device("cpu"))
     trainer.fit()

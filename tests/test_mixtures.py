@@ -8,7 +8,6 @@ from torch import nn
 from torch.distributions import Independent, Normal
 from torch.testing import assert_close
 
-from svae_lib.data import load
 from svae_lib.densities import DiagonalGaussian
 from svae_lib.evaluation import Evaluation, evaluate
 from svae_lib.metrics import coverage
@@ -139,12 +138,12 @@ class Blur(nn.Module):
         return DiagonalGaussian(u, torch.full_like(u, self.log_var))
 
 
-def test_the_reconstruction_error_of_points_is_a_squared_and_a_plain_distance():
+def test_the_reconstruction_error_of_points_is_a_squared_and_a_plain_distance(ring):
     """x̂ − x is N(0, a² + b²) in both coordinates, so its length is Rayleigh."""
     torch.manual_seed(0)
     players, a, b = nn.ModuleDict({"encoder": Blur(0.3), "decoder": Blur(0.4)}), 0.3, 0.4
-    found = evaluate(players, load("ring8"), torch.device("cpu"), 2, Evaluation(score_samples=100))
+    found = evaluate(players, ring, torch.device("cpu"), 2, Evaluation(score_samples=100))
     exact = {"mse": 2 * (a**2 + b**2), "l2": math.sqrt(math.pi / 2 * (a**2 + b**2))}
     for name, value in exact.items():
-        assert found[name]["n"] == len(load("ring8").test)
+        assert found[name]["n"] == len(ring.test)
         assert abs(found[name]["value"] - value) < 4 * found[name]["se"] < 0.1 * value

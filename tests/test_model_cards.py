@@ -11,7 +11,6 @@ import pytest
 
 pytest.importorskip("sphinx")
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "book" / "_ext"))
 
 import model_cards  # noqa: E402
 

@@ -19,9 +19,7 @@ ROOT = Path(__file__).parent.parent
 PYTHON = [sys.executable, "-S", "-c"]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def record(e, seconds=1.0):

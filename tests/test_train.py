@@ -94,9 +94,9 @@ class Straight(nn.Module):
         return x.double() @ self.a + z.double() @ self.b
 
 
-def test_the_critic_descends_the_penalty_on_its_slopes():
+def test_the_critic_descends_the_penalty_on_its_slopes(ring):
     """That of a straight critic is |a|² + |b|² on each of the two kinds of pairs, wherever they are."""
-    t = experiment.prepare(Experiment.make("ring8", "svae", batch=16), data.load("ring8"), CPU)
+    t = experiment.prepare(Experiment.make("ring8", "svae", batch=16), ring, CPU)
     draws, ends = t.draw(t.data), []
     for penalty in (0.0, 0.7):
         t.training = replace(t.training, penalty=penalty)
