@@ -88,7 +88,7 @@ def test_killed_processes_leave_no_record_and_resume(folder, device, tmp_path, m
     assert cli.main([*RUN, "--device", device, "--results", str(tmp_path)]) == 0
     ours = json.loads((tmp_path / "ring8" / path.name).read_text())
     for row, same in zip(theirs["history"], ours["history"], strict=True):
-        assert row | {"seconds": 0} == pytest.approx(same | {"seconds": 0}, rel=1e-5)
+        assert row | {"seconds": 0} == pytest.approx(same | {"seconds": 0}, rel=1e-3)  # in fp32
 
 
 @pytest.mark.parametrize(
