@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.add_argument("dataset", help=DATASETS)
     run.add_argument("method", help="a name from `svae methods`")
-    run.add_argument("--profile", default="quick", help="quick (seconds), cpu (minutes to 90) or paper (a GPU)")
+    run.add_argument("--profile", default="quick", help="quick (seconds), cpu (up to 90 minutes) or paper (a GPU)")
     settings = "literal (as the appendix prints) or stabilised; of natural images also authors or beyond"
     run.add_argument("--setting", default="literal", help=settings)
     run.add_argument("--seed", type=seeds, default=[0], help="weights, batches and noise: 3, or 0-9 (default 0)")
