@@ -7,6 +7,8 @@ that.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from svae_lib.densities import DiagonalGaussian, Point
@@ -48,11 +50,11 @@ def stages(shape: tuple[int, int, int], channels: int) -> list[int]:
 
 def features(shape: tuple[int, int, int], channels: int, norm: str, dropout: float) -> tuple[nn.Sequential, int]:
     r"""What encoder and critic see of x: (B, C, H, W) -> (B, width · 64), one vector; and width."""
-    first, *others = stages(shape, channels)
-    layers = [nn.Conv2d(shape[0], first, 3, padding=1), *blocks(first, norm, dropout)]
-    for inputs, outputs in zip([first, *others], others, strict=False):
+    widths = stages(shape, channels)
+    layers = [nn.Conv2d(shape[0], widths[0], 3, padding=1), *blocks(widths[0], norm, dropout)]
+    for inputs, outputs in pairwise(widths):
         layers += [nn.Conv2d(inputs, outputs, 4, 2, 1), *blocks(outputs, norm, dropout)]
-    return nn.Sequential(*layers, nn.Flatten()), [first, *others][-1]
+    return nn.Sequential(*layers, nn.Flatten()), widths[-1]
 
 
 def places(count: int) -> int:
@@ -85,14 +87,13 @@ class Decoder(nn.Module):
         self, shape: tuple[int, int, int], z_dim: int, channels: int, norm: str, dropout: float, noise: bool
     ) -> None:
         super().__init__()
-        *outer, inner = stages(shape, channels)
+        widths = stages(shape, channels)[::-1]
         layers: list[nn.Module] = [nn.Unflatten(1, (places(z_dim), SIDE, SIDE))]
-        layers += [nn.Conv2d(places(z_dim), inner, 3, padding=1), *blocks(inner, norm, dropout)]
-        for inputs, outputs in zip([inner, *reversed(outer)], reversed(outer), strict=False):
+        layers += [nn.Conv2d(places(z_dim), widths[0], 3, padding=1), *blocks(widths[0], norm, dropout)]
+        for inputs, outputs in pairwise(widths):
             layers += [nn.Upsample(scale_factor=2), nn.Conv2d(inputs, outputs, 3, padding=1)]
             layers += blocks(outputs, norm, dropout)
-        last = stages(shape, channels)[0]
-        layers += [NORMS[norm](last), nn.ReLU(), nn.Conv2d(last, (1 + noise) * shape[0], 3, padding=1)]
+        layers += [NORMS[norm](widths[-1]), nn.ReLU(), nn.Conv2d(widths[-1], (1 + noise) * shape[0], 3, padding=1)]
         self.net, self.noise = nn.Sequential(*layers), noise
 
     def forward(self, z: Tensor) -> DiagonalGaussian | Point:

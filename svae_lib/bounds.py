@@ -34,17 +34,17 @@ class Basis:
     axes: Tensor
 
     @staticmethod
-    def fit(images: Tensor) -> Basis:
-        r"""The eigenvectors of the covariance of uint8 images (N, C, H, W); no approximation."""
-        size = images[0].numel()
+    def fit(*parts: Tensor) -> Basis:
+        r"""The eigenvectors of the covariance of uint8 images, all parts (N, C, H, W) together; no approximation."""
+        size, count = parts[0][0].numel(), sum(map(len, parts))
         total = torch.zeros(size, dtype=torch.float64)
         second = torch.zeros(size, size, dtype=torch.float64)
-        for rows in images.flatten(1).split(2_000):
-            x = rows.double()
+        for rows in (rows for part in parts for rows in part.split(2_000)):
+            x = rows.flatten(1).double()
             total += x.sum(0)
             second += x.T @ x  # whole numbers below 2^53: the sum is exact
-        mean = total / len(images)
-        variances, axes = torch.linalg.eigh(second / len(images) - torch.outer(mean, mean))
+        mean = total / count
+        variances, axes = torch.linalg.eigh(second / count - torch.outer(mean, mean))
         return Basis(mean, variances.flip(0).clamp(min=0), axes.flip(1))
 
     def energies(self, images: Tensor) -> Tensor:
@@ -150,9 +150,9 @@ def compute(dataset: Dataset) -> dict[str, Any]:
     Nothing is chosen on held-out images, so all training images serve for the fit.
     """
     start = time.perf_counter()
-    fitted = torch.cat([dataset.train.images, dataset.validation.images])
+    fitted = (dataset.train.images, dataset.validation.images)
     images, pixels = dataset.test.images, dataset.test.images[0].numel()
-    basis = Basis.fit(fitted)
+    basis = Basis.fit(*fitted)
     energies = basis.energies(images)
 
     def both_units(squares: Tensor, suffix: str) -> dict[str, Metric]:
@@ -172,7 +172,7 @@ def compute(dataset: Dataset) -> dict[str, Any]:
     spectra = {"variances": basis.variances, "energies": energies.mean(0)}
     return {
         "name": f"bounds-{dataset.name}",
-        "images": {"fit": len(fitted), "test": len(images)},
+        "images": {"fit": sum(map(len, fitted)), "test": len(images)},
         "metrics": values,
         "spectra": {name: [float(f"{v:.9g}") for v in spectrum.tolist()] for name, spectrum in spectra.items()},
         "seconds": round(time.perf_counter() - start, 1),

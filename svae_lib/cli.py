@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ def seeds(text: str) -> list[int]:
     r"""3 -> [3]; 0-9 -> [0, ..., 9]."""
     found = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", text)
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-    if first > last:
+    if not 0 <= last - first < 10_000:
         raise argparse.ArgumentTypeError(f"'{text}' is neither a seed like 3 nor a range like 0-9")
     return list(range(first, last + 1))
 
@@ -52,9 +52,13 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"svae {__version__}")
     subcommands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, help: str, epilog: str = "") -> argparse.ArgumentParser:
+    device, results = (argparse.ArgumentParser(add_help=False) for _ in range(2))
+    device.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    results.add_argument("--results", type=Path, help="folder of records (default: results/ of the clone)")
+
+    def command(name: str, help: str, epilog: str = "", parents: Sequence = ()) -> argparse.ArgumentParser:
         sub = subcommands.add_parser(
-            name, help=help, description=help, epilog=textwrap.dedent(epilog),
+            name, help=help, description=help, epilog=textwrap.dedent(epilog), parents=parents,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         sub.set_defaults(function=getattr(commands, f"{name}_command"))
@@ -74,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
         Interrupted? The same command goes on where it stopped. Finished? It prints the record.
         """,
+        parents=[device, results],
     )  # fmt: skip
     run.add_argument("dataset", help=DATASETS)
     run.add_argument("method", help="a name from `svae methods`")
@@ -82,8 +87,6 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--setting", default="literal", help=settings)
     run.add_argument("--seed", type=seeds, default=[0], help="weights, batches and noise: 3, or 0-9 (default 0)")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one hyperparameter")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    run.add_argument("--results", type=Path, help="folder for records (default: results/ of the clone)")
 
     keep = command(
         "keep", "keep the model of a finished run as a small file, which loads without data or training",
@@ -94,9 +97,9 @@ def parser() -> argparse.ArgumentParser:
         The name is that of the record. The weights come from the run's checkpoint in the user's cache, and must give
         the record's metrics again. Python reads them with svae_lib.pretrained.load(NAME).
         """,
+        parents=[results],
     )  # fmt: skip
     keep.add_argument("name", nargs="+", help="names of records")
-    keep.add_argument("--results", type=Path, help="folder of records (default: results/ of the clone)")
 
     grid = command(
         "grid", "work through all runs of the tables, most valuable first, for a given time",
@@ -109,46 +112,46 @@ def parser() -> argparse.ArgumentParser:
         Finished runs are not repeated, interrupted ones are resumed, one that fails stops no other.
         The same runs on a cluster: snakemake --profile workflow/profiles/slurm
         """,
+        parents=[device, results],
     )  # fmt: skip
     grid.add_argument("--budget-minutes", type=positive(float), default=math.inf, help="stop after so long")
     grid.add_argument("--jobs", type=positive(int), default=1, help="runs at a time (default 1)")
     grid.add_argument("--profile", default="cpu", help="quick, cpu (default) or paper")
     grid.add_argument("--only", metavar="DATASET", help="the runs on one dataset")
     grid.add_argument("--dry-run", action="store_true", help="only show the table")
-    grid.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    grid.add_argument("--results", type=Path, help="folder for records (default: results/ of the clone)")
 
-    sweep = command("sweep", "one method under 256 hyperparameter settings; goes on where it stopped")
+    sweep = command(
+        "sweep", "one method under 256 hyperparameter settings; goes on where it stopped", parents=[results]
+    )
     sweep.add_argument("dataset", help="alice5, ring8 or grid25")
     sweep.add_argument("method", help="a name from `svae methods`")
-    sweep.add_argument("--results", type=Path, help="folder for records (default: results/ of the clone)")
 
-    table = command("table", "the papers' table beside our records of it")
-    table.add_argument("dataset", help="mnist, cifar10, imagenet64, ring8, grid25 or stacked_mnist")
-    table.add_argument("--results", type=Path, help="folder of records (default: results/ of the clone)")
+    table = command("table", "the papers' table beside our records of it", parents=[results])
+    table.add_argument("dataset", help="mnist, cifar10, imagenet64, ring8, grid25, alice5 or stacked_mnist")
 
-    bounds = command("bounds", "what the data alone says about likelihoods and errors; writes a record")
-    bounds.add_argument("dataset", help=DATASETS)
-    bounds.add_argument("--results", type=Path, help="folder for records (default: results/ of the clone)")
+    bounds = command(
+        "bounds", "what the data alone says about likelihoods and errors; writes a record", parents=[results]
+    )
+    bounds.add_argument("dataset", help="a dataset of images")
 
     bench = command(
         "bench", "time the engine beside other loops and against the machine's limits; writes a record",
         """\
         examples:
           svae bench                                    all rows, minutes on an idle machine
-          svae bench --quick                            all rows in a minute, roughly; no record
-          svae bench --only growth                      only these rows; no record
+          svae bench --quick                            all rows in a minute, roughly
+          svae bench --only growth                      only these rows
 
-        --only takes step, trainers, loader, sampling, growth or processes.
+        --only takes step, trainers, loader, sampling, growth or processes. With it, or with --quick, a record is
+        written only if --results says where.
 
         Nothing else should run meanwhile: the record holds the load at start and end.
         `pip install -e ".[bench]"` brings the trainers of others; without them their rows say how to get them.
         """,
+        parents=[device, results],
     )  # fmt: skip
     bench.add_argument("--quick", action="store_true", help="fewer and shorter turns")
     bench.add_argument("--only", metavar="NAME", help="one group of rows")
-    bench.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    bench.add_argument("--results", type=Path, help="folder for the record (default: results/ of the clone)")
 
     classifier = command(
         "classifier", "train the classifier that scores images, once, and measure real data by it",
@@ -159,10 +162,9 @@ def parser() -> argparse.ArgumentParser:
 
         Interrupted? The same command goes on after the last whole epoch. Finished? It prints the report.
         """,
+        parents=[device, results],
     )  # fmt: skip
     classifier.add_argument("dataset", help="a dataset of images")
-    classifier.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    classifier.add_argument("--results", type=Path, help="folder for the report (default: results/ of the clone)")
 
     notebook = command(
         "notebook", "execute one chapter with checked parameters",
@@ -200,6 +202,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # whoever reads has seen enough, as `head` does
         sys.stdout = open(os.devnull, "w")
+    except OSError as error:  # a full disk, or a place that may not be written
+        print(f"svae: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("svae: interrupted; give the same command again to go on", file=sys.stderr)
         return 130

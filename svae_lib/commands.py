@@ -86,19 +86,18 @@ def bench_command(args: argparse.Namespace) -> None:
 
 
 def classifier_command(args: argparse.Namespace) -> None:
-    import torch
-
     from svae_lib import classifier, data, quality, records
     from svae_lib.device import choose_device, describe
 
     def say(epoch: int, epochs: int, accuracy: float) -> None:
         print(f"epoch {epoch} of {epochs}: {accuracy:.3f} of the validation images tried", flush=True)
 
+    if args.dataset in data.STACKED:
+        raise UserError(f"{args.dataset} is judged by the classifier of {data.STACKED[args.dataset]}; train that one")
     dataset, device = data.load_images(args.dataset), choose_device(args.device)
     folder = records.results_folder(args.results)
     report = records.read_report(f"classifier-{dataset.name}", folder)
     if report is None:
-        torch.manual_seed(0)
         classifier.make_classifier(dataset, device, say)
         report = quality.calibrate(dataset, device) | {"environment": records.environment(describe(device))}
         print(f"record: {records.write_report(folder, report)}")

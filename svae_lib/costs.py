@@ -24,7 +24,7 @@ from svae_lib import methods
 from svae_lib.data import Split
 from svae_lib.errors import UserError
 from svae_lib.experiment import Experiment
-from svae_lib.models import ARCHITECTURES, PIXEL_BY_PIXEL, build_model
+from svae_lib.models import FAMILIES, PIXEL_BY_PIXEL, build_model
 from svae_lib.settings import SETTINGS
 from svae_lib.train import Trainer
 
@@ -182,7 +182,7 @@ def all_costs(method: str, precision: str = "fp32", batch: int = 64) -> list[Cos
     An architecture that has a setting of its name is counted in that setting, others as the appendix prints them.
     """
     found = []
-    for architecture in ARCHITECTURES:
+    for architecture in FAMILIES:
         setting = architecture if architecture in SETTINGS["natural"] else "literal"
         for dataset in APPENDIX.get(architecture, SHAPES):
             changes = {"architecture": architecture, "precision": precision, "batch": batch}

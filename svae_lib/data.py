@@ -200,7 +200,7 @@ def _read_idx(folder: Path, name: str) -> Tensor:
     plain, zipped = folder / name, folder / f"{name}.gz"
     try:
         content = plain.read_bytes() if plain.exists() else gzip.decompress(zipped.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"MNIST is not in {folder.parent.parent}; {_way_to('mnist')}") from None
     except (OSError, EOFError, gzip.zlib.error):
         raise UserError(f"{zipped} cannot be unpacked; delete it and {_way_to('mnist')}") from None
@@ -224,7 +224,7 @@ def _read_batch(path: Path) -> Split:
     """One batch file of CIFAR-10: verified before it is unpickled, and unpickled into arrays or not at all."""
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"CIFAR-10 is not in {path.parent.parent}; {_way_to('cifar10')}") from None
     if hashlib.md5(content).hexdigest() != CIFAR10_MD5[path.name]:
         raise UserError(f"{path} has the wrong checksum; delete it and {_way_to('cifar10')}")

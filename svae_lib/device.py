@@ -22,8 +22,9 @@ def choose_device(name: str = "auto") -> torch.device:
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if count[kind])
-    kind, _, index = name.partition(":")
-    if not (index or "0").isdecimal() or int(index or 0) >= count.get(kind, 0):
+    kind, colon, index = name.partition(":")
+    number = index if colon else "0"
+    if not number.isdecimal() or int(number) >= count.get(kind, 0):
         usable = ", ".join(kind for kind, there in count.items() if there)
         raise UserError(f"device '{name}' is not available here; choose auto or one of: {usable}")
     if kind == "cuda":
@@ -57,6 +58,8 @@ def synchronise(device: torch.device) -> None:
     r"""Wait until the device has done what it was told, as honest timing needs."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 # Precision --------------------------------------------------------------------------------

@@ -81,11 +81,11 @@ def on_images(players: nn.ModuleDict, images: Tensor, how: Evaluation, axis: Axi
 
 
 def _likelihood(encoder: nn.Module, decoder: nn.Module, images: Tensor, how: Evaluation, axis: Axis) -> Metrics:
+    q = metrics.proposal(encoder(axis.see(images[:1])))
+    if isinstance(q, Point) or isinstance(decoder(q.mean), Point):  # nets that draw without a density
+        return {}
     few = min(how.iw_images, len(images))
     if axis is Cells:
-        q = metrics.proposal(encoder(axis.see(images[:1])))
-        if isinstance(q, Point) or isinstance(decoder(q.mean), Point):  # nets that draw without a density
-            return {}
         return metrics.discrete_nll(encoder, decoder, images, how.iw_samples, few)
     distortion, rate = metrics.elbo_parts(encoder, decoder, images)
     values = {"elbo_grey": metrics.summary(distortion + rate)}
@@ -107,13 +107,13 @@ def real_data(dataset: Dataset, device: torch.device) -> dict[str, Any]:
     if dataset.name in MIXTURES:
         target, points = MIXTURES[dataset.name], dataset.test.images
         return metrics.coverage(target, points) | {"score": metrics.classifier_score(target.log_posterior, points)}
-    images = dataset.test.to(device).images
     report = records.read_report(f"classifier-{dataset.name}")
     if report is not None:  # measured once, with the classifier
         values = {k.removeprefix("test_"): v for k, v in report["metrics"].items() if k.startswith("test_")}
         hits = values.pop("accuracy")
         return values | {"classifier_accuracy": hits["value"]}
-    values = _score(dataset, device, images)
+    test = dataset.test.to(device)
+    values = _score(dataset, device, test.images)
     if dataset.name not in STACKED:
-        values["classifier_accuracy"] = accuracy(load_classifier(dataset, device), dataset.test.to(device))
+        values["classifier_accuracy"] = accuracy(load_classifier(dataset, device), test)
     return values

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from svae_lib import data, distributed, evaluation, methods, metrics, pictures, quality, records
+from svae_lib import data, distributed, evaluation, memory, methods, metrics, pictures, quality, records
 from svae_lib.device import choose_device, describe, usable
 from svae_lib.distributed import SharedTrainer
 from svae_lib.draws import Method, Model
@@ -117,7 +117,7 @@ def _typed(key: str, value: Any, kind: type) -> Any:
             return converted
     except (TypeError, ValueError, KeyError, OverflowError):
         pass
-    wanted = "a finite number" if kind is float else f"of type {kind.__name__}"
+    wanted = {float: "a finite number", int: "a whole number", bool: "true or false"}.get(kind, "text")
     raise UserError(f"{key} must be {wanted}, not '{value}'")
 
 
@@ -133,7 +133,12 @@ def prepare_together(experiments: Sequence[Experiment], dataset: data.Dataset, d
     """
     first, method = experiments[0], methods.METHODS[experiments[0].method]
     identity = json.dumps([experiment.flat() for experiment in experiments])
-    made = [build_model(e.nets, method, dataset.shape, e.seed) for e in experiments]
+    try:
+        made = [build_model(e.nets, method, dataset.shape, e.seed) for e in experiments]
+    except RuntimeError as error:
+        if not memory.ran_out(error):
+            raise
+        raise UserError("these nets do not fit into memory; choose narrower ones") from None
     model = made[0] if len(made) == 1 else _stacked(made, experiments, method)
     for net in (model.players, *model.critics):
         net.to(device, memory_format=torch.channels_last)  # on one CPU core 2 to 6 % faster with MNIST's nets
@@ -202,6 +207,7 @@ def run_together(
     if missing:
         chosen = distributed.join(choose_device(device))
         first = missing[0]
+        (folder / first.dataset).mkdir(parents=True, exist_ok=True)  # or fail before the training
         dataset = data.load(first.dataset)
         trainer = prepare_together(missing, dataset, chosen)
         trainer.environment = records.environment(describe(chosen))

@@ -1,7 +1,7 @@
 r"""One-dimensional data and codes as tables on a grid: nothing is sampled, nothing approximated.
 
 Tables hold log-*masses* (density times cell) that sum to one, so a divergence is a finite sum and the
-papers' identities hold to round-off. Rows are x, columns z, float64. Chapters 1 and 2 are drawn from here.
+papers' identities hold to round-off. Rows are x, columns z, float64.
 """
 
 from __future__ import annotations

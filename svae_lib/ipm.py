@@ -6,8 +6,9 @@ critic −f. A class is enforced by what the critic may be (`clip_weights`), by 
 subtracted from the objective (`gradient_penalty`), or by taking the maximum in closed form.
 
 Batches: f_q, f_p (B,) are scores, phi_q, phi_p (B, m) features and x_q, x_p (B, ...) draws; data or encoder
-pairs come first. Tables: log-masses on points x (K,), as in `svae_lib.grid`. Every function but
-`gradient_penalty` and the kernels is **to be maximised** by the critic or is that maximum. The name: Müller 1997.
+pairs come first. Tables: log-masses on points x (K,), as in `svae_lib.grid`. Functions of batches return what the
+critic **maximises**, or that maximum, and `gradient_penalty` what is taken from it; a `..._critic` is the maximiser on
+a table. The name: Müller 1997.
 """
 
 from __future__ import annotations

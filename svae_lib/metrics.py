@@ -208,8 +208,8 @@ def error_units(per_image: Tensor, pixels: int) -> dict[str, Metric]:
 def sample_images(decoder: nn.Module, z_dim: int, count: int, device: torch.device, axis: Axis = Grey) -> Tensor:
     r"""`count` decoder means at z ~ N(0, I), rounded to uint8 as stored images are; (count, C, H, W)."""
     images = []
-    for size in [BATCH] * (count // BATCH) + [count % BATCH] * (count % BATCH > 0):
-        mean = decoder(torch.randn(size, z_dim, device=device)).mean
+    for start in range(0, count, BATCH):
+        mean = decoder(torch.randn(min(BATCH, count - start), z_dim, device=device)).mean
         images.append((axis.back(mean) * 255).round().clamp(0, 255).to(torch.uint8))
     return torch.cat(images)
 

@@ -18,7 +18,6 @@ from svae_lib.errors import UserError
 from svae_lib.levels import Axis, Cells, Grey
 
 ENCODERS = ("gaussian", "planar", "iaf", "spline", "implicit")
-ARCHITECTURES = ("a1", "dcgan", *natural.ARCHITECTURES)
 PIXEL_BY_PIXEL = ("pixelcnn", "pixelrnn")
 DECODERS = ("gaussian", "point", *PIXEL_BY_PIXEL)
 
@@ -37,11 +36,11 @@ class Nets:
     decoder: str = "gaussian"  # "point" adds no noise. Of images a1 and dcgan say Bernoulli pixels; or a pixel model
     components: int = 1  # decoders that are mixed with learned weights (`nets.MixtureGenerator`)
     norm: str = "batch"
-    dropout: float = 0.0  # in encoder and decoder
+    dropout: float = 0.0  # in encoder and decoder; dcgan's decoder, the authors' nets and the PixelRNN have none
     critic_hidden: int = 128
     critic_norm: str = "batch"
     critic_dropout: float = 0.2  # "dropout", without a rate or a place (S §6); ALI has it in the critic
-    critic_pool: str = "average"
+    critic_pool: str = "average"  # of a1, a2 and a3
     critic_outputs: int = 1  # more than one: features, for the methods that compare them
     instance_noise: float = 0.0
     spectral: bool = False  # spectral norm of every layer of the critics (Miyato et al. 2018)
@@ -49,7 +48,7 @@ class Nets:
 
     def __post_init__(self) -> None:
         for name, known in (
-            ("architecture", ARCHITECTURES),
+            ("architecture", FAMILIES),
             ("norm", nets.NORMS),
             ("critic_norm", nets.NORMS),
             ("critic_pool", nets.POOLS),

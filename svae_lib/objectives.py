@@ -5,7 +5,7 @@ score of an encoder pair, f_p = f_ψ(x̃, z) with x̃ ~ p_θ(x|z) that of a deco
 the optimal critic is f* = log p_θ(x, z) − log q_φ(x, z). Without codes f_q = f_ψ(x) and f_p = f_ψ(x̃):
 the GAN. All arguments are (B,); all results but the labels of `likelihood_ratio_test` are scalars
 **to be maximised**, in nats. Nothing is detached here: which tensors carry a gradient is decided
-where the draws are made (`svae_lib.methods`).
+where the draws are made (`svae_lib.draws`).
 """
 
 from __future__ import annotations

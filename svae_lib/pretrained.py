@@ -102,7 +102,7 @@ def keep(name: str, folder: Path | None = None) -> Path:
     """
     record = records.read(records.results_folder(folder), name.partition("-")[0], name)
     if record is None or record["status"] != "done":
-        raise UserError(f"'{name}' is not the record of a finished run; `svae grid --dry-run` lists them")
+        raise UserError(f"'{name}' is not the record of a finished run; choose one of {records.results_folder(folder)}")
     experiment = Experiment.make(**record["experiment"])
     if experiment.dataset in MIXTURES:
         raise UserError(f"{name} is a model of points, which is trained in a minute; only those of images are kept")

@@ -44,8 +44,9 @@ def cubic_kernel(a: Tensor, b: Tensor) -> Tensor:
 
 
 def kernel_distance(a: Tensor, b: Tensor, subsets: int = SUBSETS, size: int = SUBSET_SIZE) -> Metric:
-    r"""Unbiased MMD² of features under the cubic kernel: mean over random subsets, and its standard error.
+    r"""Unbiased MMD² of features under the cubic kernel: mean over random subsets, and the error of that mean.
 
+    The error is that of choosing subsets of *these* features, which share rows: fresh samples differ by more.
     (N, d), (M, d); subsets are of `size` or of what there is. Source: Bińkowski et al. 2018.
     """
     generator = torch.Generator().manual_seed(0)
@@ -107,9 +108,9 @@ def inception(images: Tensor, real: Tensor) -> dict[str, Metric]:
         found = torch_fidelity.calculate_metrics(
             input1=Images(images), input2=Images(real), isc=True, fid=True, kid=True, verbose=False, **sizes
         )
-    except (OSError, RuntimeError) as error:
-        why = f"the published Inception weights could not be downloaded ({error})"
-        raise UserError(f"{why}; leave inception off") from None
+    except (OSError, RuntimeError) as error:  # no network, a broken download, too little memory
+        why = f"the published measures need the Inception weights and failed ({error})"
+        raise UserError(f"{why}; mend that and give the same command again, which trains nothing anew") from None
     count = {"n": len(images)}
     return {
         "is": {"value": found["inception_score_mean"], "se": found["inception_score_std"]} | count,

@@ -23,35 +23,35 @@ from svae_lib.mixtures import MIXTURES
 
 Record = dict[str, Any]
 
-COLUMNS = {  # metric in a record -> heading, decimals
-    "elbo_grey": ("ELBO, grey", 1),
-    "elbo_dynamic": ("ELBO, binarised", 1),
-    "iw_dynamic": ("IW bound, binarised", 1),
-    "nll": ("NLL, 256 levels", 1),
-    "bits_per_dim": ("bits/dim", 2),
+# Metric in a record -> heading, decimals: of any images, of grey ones, of natural ones, of points.
+IMAGE_COLUMNS = {
     "rmse_grey": ("RMSE, levels", 1),
     "l2": ("RMSE, L2", 2),
     "score": ("score", 2),
     "fcd": ("FCD", 2),
     "kcd": ("KCD", 3),
 }
+COLUMNS = {
+    "elbo_grey": ("ELBO, grey", 1),
+    "elbo_dynamic": ("ELBO, binarised", 1),
+    "iw_dynamic": ("IW bound, binarised", 1),
+    "nll": ("NLL, 256 levels", 1),
+    "bits_per_dim": ("bits/dim", 2),
+    **IMAGE_COLUMNS,
+}
 COLOUR_COLUMNS = {
     "bits_closed": ("bits/dim, closed", 2),
     "bits_open": ("bits/dim, open", 2),
     "iw_bits_open": ("IW bits/dim, open", 2),
     "bits_per_dim": ("bits/dim, exact", 2),
-    "rmse_grey": ("RMSE, levels", 1),
-    "l2": ("RMSE, L2", 2),
-    "score": ("score", 2),
-    "fcd": ("FCD", 2),
-    "kcd": ("KCD", 3),
-}  # of natural images
+    **IMAGE_COLUMNS,
+}
 MODE_COLUMNS = {
     "modes": ("modes", 1),
     "high_quality": ("high quality", 3),
     "mode_kl": ("KL of modes", 3),
     "l2": ("L2 error", 3),
-}  # where the modes are known
+}
 
 
 def results_folder(chosen: Path | None = None) -> Path:

@@ -76,10 +76,11 @@ def in_turns(functions: dict[str, Step], device: torch.device, effort: Effort) -
 
 
 def _timed(function: Step, calls: int, device: torch.device) -> float:
-    start = clock(device)
-    own = [function() for _ in range(calls)]
-    seconds = clock(device) - start
-    return (sum(own) if isinstance(own[0], Seconds) else seconds) / calls
+    start, own = clock(device), 0.0
+    for _ in range(calls):
+        result = function()
+        own += result if isinstance(result, Seconds) else 0.0
+    return (own or clock(device) - start) / calls
 
 
 def row(name: str, values: Sequence[float], unit: str = "×", aim: str = "", **measured: float) -> Row:

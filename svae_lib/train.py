@@ -70,7 +70,8 @@ class Trainer:
     r"""Trains `model` by `method` on `data`; `held_out` is only looked at for diagnostics.
 
     Initial weights are the caller's; `seed` starts the stream of batches and noise. The whole state is
-    one dictionary: on CPU and CUDA a run that was stopped and resumed ends in the same bits as one that was not.
+    one dictionary: on the CPU a run that was stopped and resumed ends in the same bits as one that was not, and on CUDA
+    too where cuDNN chooses the same algorithms again; images that are streamed are an exception (`svae_lib.arrays`).
     Everything lives on the device of the nets, and so do the images unless there are too many. `identity` names the
     experiment in its checkpoints. `runs` > 1 says that the nets are stacked (`svae_lib.ensembles`): the batch is for
     each of them, the diagnostics for all together.

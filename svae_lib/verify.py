@@ -8,13 +8,11 @@ Nothing is typed twice. Where an equation stands and what it is called is read f
 from __future__ import annotations
 
 import ast
-import inspect
 import json
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from pathlib import Path
 
 from svae_lib.errors import UserError
@@ -118,7 +116,7 @@ def documented(package: Path) -> Iterator[tuple[str, str]]:
 def functions() -> dict[str, list[str]]:
     r"""Equation -> the library's functions whose docstrings begin with its number."""
     found: dict[str, list[str]] = {}
-    for name, text in documented(Path(inspect.getfile(import_module("svae_lib"))).parent):
+    for name, text in documented(Path(__file__).parent):
         if cited := CITED.match(text):
             for number in re.findall(NUMBER, cited[1]):
                 found.setdefault(number, []).append(name)

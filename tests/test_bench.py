@@ -179,7 +179,7 @@ def test_all_rows_are_measured_recorded_and_shown_on_the_page(monkeypatch, tmp_p
     monkeypatch.setattr(timing, "QUICK", TINY)
     cases = [Experiment.make("mnist", "vae", batch=8), Experiment.make("mnist", "svae-r", batch=8, precision="bf16")]
     monkeypatch.setattr(bench, "cases", lambda device: cases)
-    monkeypatch.setattr(costs, "ARCHITECTURES", ("a1",))
+    monkeypatch.setattr(costs, "FAMILIES", ("a1",))
     monkeypatch.setattr("os.cpu_count", lambda: 1)  # threads on a busy machine wait for each other
     assert cli.main(["bench", "--quick", "--device", "cpu", "--results", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.json")

@@ -31,7 +31,7 @@ def two_nets():
     """Counted once for all tests."""
     cost_page.counted.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(costs, "ARCHITECTURES", ("a1", "a3"))
+        patch.setattr(costs, "FAMILIES", ("a1", "a3"))
         yield
     cost_page.counted.cache_clear()
 

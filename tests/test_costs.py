@@ -101,7 +101,7 @@ def test_every_architecture_has_its_costs(monkeypatch):
     """Of a method that all of them serve; those of the authors draw only, and have no VAE."""
     monkeypatch.setattr(costs, "SHAPES", {"mnist": (1, 8, 8), "cifar10": (3, 16, 16), "imagenet64": (3, 16, 16)})
     found = {(cost.experiment.nets.architecture, cost.dataset) for cost in costs.all_costs("svae-r")}
-    assert {architecture for architecture, _ in found} == set(models.ARCHITECTURES)
+    assert {architecture for architecture, _ in found} == set(models.FAMILIES)
     assert ("a1", "mnist") in found and ("a1", "cifar10") not in found and ("dcgan", "imagenet64") in found
 
 

@@ -42,13 +42,13 @@ def test_names_are_readable_and_tell_changes_apart():
         (["run", "digits", "vae", "--profile", "fast"], "unknown profile 'fast'; choose one of: quick"),
         (["run", "digits", "vae", "--setting", "best"], "unknown setting 'best'; choose one of: literal"),
         (["run", "digits", "vae", "--set", "lrr=1"], "unknown key 'lrr'; choose one of: architecture"),
-        (["run", "digits", "vae", "--set", "updates=many"], "updates must be of type int, not 'many'"),
+        (["run", "digits", "vae", "--set", "updates=many"], "updates must be a whole number, not 'many'"),
         (["run", "digits", "vae", "--set", "updates"], "--set wants KEY=VALUE"),
         (["run", "digits", "vae", "--device", "tpu"], "device 'tpu' is not available here"),
         (["run", "patches32", "vae", "--set", "batch=0"], "batch must be positive"),
         (["run", "ring8", "vae", "--set", "batch=1"], "batch must be at least 2"),
         (["run", "digits", "svae", "--set", "critic_outputs=2"], "the critic of svae gives one score"),
-        (["run", "digits", "vae", "--set", "updates=inf"], "updates must be of type int"),
+        (["run", "digits", "vae", "--set", "updates=inf"], "updates must be a whole number"),
         (["sweep", "mnist", "svae"], "svae on mnist cannot be swept"),
         (["sweep", "ring8", "wgan"], "wgan on ring8 cannot be swept"),
         (["run", "digits", "vae", "--set", "critic_pool=max"], "critic_pool must be one of average, none"),
@@ -62,6 +62,9 @@ def test_names_are_readable_and_tell_changes_apart():
         (["run", "digits", "vae", "--set", "instance_noise=-1"], "instance_noise must not be negative"),
         (["run", "digits", "vae", "--set", "inception=true"], "inception=true needs colour images"),
         (["run", "digits", "vae", "--device", "cpu:x"], "device 'cpu:x' is not available here"),
+        (["run", "digits", "vae", "--device", "cpu:"], "device 'cpu:' is not available here"),
+        (["run", "digits", "vae", "--set", "hidden=1000000000000"], "these nets do not fit into memory"),
+        (["classifier", "stacked_digits"], "stacked_digits is judged by the classifier of digits"),
         (["classifier", "ring8"], "ring8 holds points, and this needs images"),
         (["bounds", "ring8"], "ring8 holds points, and this needs images"),
         (["table", "digits"], "the papers print no table for 'digits'"),
@@ -89,6 +92,19 @@ def test_run_writes_one_record_and_does_not_repeat_it(tmp_path, capsys):
     written = path.stat().st_mtime_ns
     assert cli.main(command) == 0 and path.stat().st_mtime_ns == written
     assert "elbo_grey" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_stops_before_the_training(tmp_path, capsys):
+    (file := tmp_path / "results").write_text("no folder")
+    assert cli.main(["run", "digits", "vae", "--set", "updates=1000000", "--results", str(file)]) == 2
+    assert str(file) in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+def test_images_drawn_without_a_density_have_a_score_and_no_bound(tmp_path):
+    small = dict(pair.split("=") for pair in SMALL if "=" in pair)
+    record = experiment.run(Experiment.make("digits", "svae", **small, components=2), "cpu", tmp_path)
+    assert record["status"] == "done" and {"l2", "score"} <= set(record["metrics"])
+    assert not {"elbo_grey", "rate", "iw_dynamic"} & set(record["metrics"])
 
 
 def test_a_record_says_where_its_run_began(tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def test_published_measures_are_asked_for_and_their_absence_is_one_sentence(monk
         raise OSError("no route")
 
     monkeypatch.setattr(fidelity, "calculate_metrics", offline)
-    with pytest.raises(UserError, match="published Inception weights could not be downloaded"):
+    with pytest.raises(UserError, match="need the Inception weights and failed"):
         quality.inception(images, images)
 
 

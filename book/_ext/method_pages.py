@@ -23,7 +23,7 @@ from svae_lib.mixtures import MIXTURES
 from svae_lib.verify import NUMBER
 
 DATASETS = ("ring8", "grid25", "mnist", "cifar10")  # of which every method says what it did, or "not run"
-OTHERS = ("stacked_digits", "tiny_imagenet")  # named where there are records
+OTHERS = ("stacked_digits", "stacked_mnist", "tiny_imagenet", "imagenet64")  # named where there are records
 ENCODERS = {
     "gaussian": "Gaussian", "planar": "planar flow", "iaf": "inverse autoregressive flow",
     "implicit": "draws without a density",
