@@ -86,17 +86,17 @@ def _train(dataset: str, method: str, chosen: list[dict[str, Any]], device) -> l
     return rows
 
 
-def summary(record: records.Record) -> dict[str, float]:
-    r"""Mean and standard deviation of the score and of the squared reconstruction error over all settings.
+def summary(record: records.Record, where: Callable[[dict], bool] = lambda setting: True) -> dict[str, float]:
+    r"""Mean and standard deviation of the score and of the squared reconstruction error over the settings `where`.
 
     `failed` is the fraction of runs whose score is below 1.5, or not a number (which counts as a score of one). The
     score asks only which mode is nearest, so `works` is counted too: all modes found, and half of the draws of high
     quality.
     """
-    modes = len(MIXTURES[record["dataset"]].centres)
-    scores = [1.0 if math.isnan(row["score"]) else row["score"] for row in record["rows"]]
-    good = [row["modes"] == modes and row["high_quality"] >= WORKS for row in record["rows"]]
-    errors = [row["mse"] for row in record["rows"] if not math.isnan(row.get("mse", math.nan))]
+    modes, rows = len(MIXTURES[record["dataset"]].centres), [row for row in record["rows"] if where(row["set"])]
+    scores = [1.0 if math.isnan(row["score"]) else row["score"] for row in rows]
+    good = [row["modes"] == modes and row["high_quality"] >= WORKS for row in rows]
+    errors = [row["mse"] for row in rows if not math.isnan(row.get("mse", math.nan))]
     shown = {
         "settings": len(scores),
         "score": statistics.mean(scores),
