@@ -39,8 +39,6 @@ from svae_lib.timing import (
 )
 from svae_lib.train import Trainer
 
-PAPER_SAMPLE = 0.01  # seconds per image of ImageNet-64 on a TITAN X, as the papers say
-
 
 @dataclass(frozen=True)
 class Bench:
@@ -168,7 +166,7 @@ def sampling(bench: Bench) -> Iterator[Row]:
             z = torch.randn(count, cost.experiment.nets.z_dim, device=bench.device)
             draw = torch.no_grad()(lambda decoder=decoder, z=z: decoder(z).mean)
             seconds = in_turns({"draw": draw}, bench.device, bench.effort)["draw"] / count
-            aim = f"paper: {1e3 * PAPER_SAMPLE:g} ms" if cost.dataset == "imagenet64" else ""
+            aim = f"paper: {1e3 * costs.PAPERS_COSTS['sVAE-r'].sample:g} ms" if cost.dataset == "imagenet64" else ""
             name = f"sample {cost.experiment.nets.architecture} {cost.dataset}, {count:,} at a time"
             yield row(name, 1e3 * seconds, "ms an image", aim, seconds=np.median(seconds))
 

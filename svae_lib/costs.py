@@ -243,3 +243,13 @@ PAPERS_CARDS = (  # "TITAN X" is one of these
     Machine("TITAN X (Maxwell, 2015)", 6.1e12, None, 336e9, 5e-6),
     Machine("TITAN X (Pascal, 2016)", 11e12, None, 480e9, 5e-6),
 )
+
+
+class Printed(NamedTuple):
+    r"""What both papers print of ImageNet-64 on one TITAN X, in seconds (S §6, A §5.4)."""
+
+    epoch: float
+    sample: float
+
+
+PAPERS_COSTS = {"sVAE-r": Printed(4 * 3_600, 0.01), "PixelCNN++": Printed(44 * 3_600, 52)}

@@ -182,4 +182,4 @@ def ruler(report: Record) -> pd.DataFrame:
     decimals = {"score": 2, "fcd": 2, "kcd": 3}
     of = {row: [report["metrics"][f"{row}_{key}"]["value"] for key in decimals] for row in RULER}
     table = pd.DataFrame(of, index=list(decimals)).T.round(decimals)
-    return table.rename(index=RULER, columns={"fcd": "FCD", "kcd": "KCD"})
+    return (table + 0.0).rename(index=RULER, columns={"fcd": "FCD", "kcd": "KCD"})  # no "-0.000"

@@ -155,8 +155,11 @@ def time_cell(record: records.Record | None, seconds: float | None) -> str:
 def papers_table(folder: Path) -> pd.DataFrame:
     r"""The papers' cost on ImageNet-64 beside the prediction for the nets that serve it."""
     heads = ("what", "machine", "epoch", "in all", "sample", "measured epoch")
-    printed = ("sVAE-r, paper", "4 h", "under 2 days", "10 ms"), ("PixelCNN++, paper", "44 h", "–", "52 s")
-    rows = [dict(zip(heads, (what, "one TITAN X", *rest, rest[0]), strict=True)) for what, *rest in printed]
+    in_all, rows = {"sVAE-r": "under 2 days"}, []
+    for what, printed in costs.PAPERS_COSTS.items():
+        epoch = f"{printed.epoch / 3_600:g} h"
+        cells = (f"{what}, paper", "one TITAN X", epoch, in_all.get(what, "–"), duration(printed.sample), epoch)
+        rows.append(dict(zip(heads, cells, strict=True)))
     for batch in (64, 256):
         for machine, name, record in machines(folder, costs.PAPERS_CARDS):
             cost, prediction = fastest(of_imagenet(batch), machine)
