@@ -103,7 +103,8 @@ def inception(images: Tensor, real: Tensor) -> dict[str, Metric]:
     import svae_lib._torchvision  # noqa: F401, I001  (torch_fidelity imports torchvision)
     import torch_fidelity
 
-    sizes = {"kid_subset_size": min(SUBSET_SIZE, len(images), len(real)), "cuda": images.device.type == "cuda"}
+    sizes = {"kid_subsets": SUBSETS, "kid_subset_size": min(SUBSET_SIZE, len(images), len(real))}
+    sizes["cuda"] = images.device.type == "cuda"
     try:
         found = torch_fidelity.calculate_metrics(
             input1=Images(images), input2=Images(real), isc=True, fid=True, kid=True, verbose=False, **sizes
@@ -111,11 +112,11 @@ def inception(images: Tensor, real: Tensor) -> dict[str, Metric]:
     except (OSError, RuntimeError) as error:  # no network, a broken download, too little memory
         why = f"the published measures need the Inception weights and failed ({error})"
         raise UserError(f"{why}; mend that and give the same command again, which trains nothing anew") from None
-    count = {"n": len(images)}
+    count, kid_std = {"n": len(images)}, found["kernel_inception_distance_std"]
     return {
         "is": {"value": found["inception_score_mean"], "se": found["inception_score_std"]} | count,
         "fid": {"value": found["frechet_inception_distance"], "se": 0.0} | count,
-        "kid": {"value": found["kernel_inception_distance_mean"], "se": found["kernel_inception_distance_std"]} | count,
+        "kid": {"value": found["kernel_inception_distance_mean"], "se": kid_std / SUBSETS**0.5} | count,
     }
 
 
