@@ -68,10 +68,13 @@ def test_a_sweep_of_another_budget_is_not_continued(small, tmp_path):
 def test_a_run_that_failed_counts_as_failed():
     values = ((5.0, 0.1, 5, 0.6), (1.2, 3.0, 1, 0.9), (math.nan, math.nan, 0, math.nan), (3.0, 0.2, 5, 0.1))
     rows = [dict(zip(("score", "mse", "modes", "high_quality"), value, strict=True)) for value in values]
-    shown = sweep.summary({"dataset": "alice5", "rows": rows})
+    record = {"dataset": "alice5", "rows": [row | {"set": {"number": k}} for k, row in enumerate(rows)]}
+    shown = sweep.summary(record)
     assert shown["works"] == 0.25  # the first: the second misses modes, the last draws between them
     assert shown["failed"] == 0.5 and shown["score"] == pytest.approx((5 + 1.2 + 1 + 3) / 4)
     assert shown["mse"] == pytest.approx(1.1) and shown["settings"] == 4
+    part = sweep.summary(record, lambda setting: setting["number"] < 2)
+    assert part["settings"] == 2 and part["score"] == pytest.approx(3.1)
 
 
 @pytest.mark.parametrize("method", ["vae", "gan"])
