@@ -11,7 +11,7 @@ help:  ## show this help
 .venv/installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "Creating .venv"; $(PYTHON) -m venv .venv; }
 	@echo "Installing the book and its tools into .venv (some minutes the first time)"
-	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[book,notebooks,dev]"
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e ".[book,dev]"
 	@touch $@
 
 book: .venv/installed  ## run the chapters that changed (quick profile) and build the pages
